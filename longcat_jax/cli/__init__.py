@@ -1,0 +1,1 @@
+"""Commands: one thin file each, `register(subparsers)` declares its options and its function."""
