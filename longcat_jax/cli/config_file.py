@@ -1,0 +1,74 @@
+"""Reads a configuration: a Python file with get_config(), or a saved config.json."""
+
+import json
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longcat_jax import config as config_lib
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> config_lib.Config:
+    """`path` validated, with `PATH=VALUE` overrides applied.
+
+    Args:
+      path: a .py file whose `get_config()` returns a mapping such as ml_collections.ConfigDict, or
+        a .json file as a workdir holds it.
+      overrides: e.g. `["model.num_layers=4"]`.
+
+    Raises:
+      ConfigError: anything wrong with the file or a value in it, as one line.
+      OSError: the file cannot be read.
+    """
+    path = Path(path)
+    readers = {".py": _run_python, ".json": _read_json}
+    if path.suffix not in readers:
+        raise config_lib.ConfigError(
+            f"{path}: not a configuration; name a .py file with get_config(), or a .json file"
+        )
+    mapping = readers[path.suffix](path)
+    if not hasattr(mapping, "items"):
+        kind = type(mapping).__name__
+        raise config_lib.ConfigError(f"{path}: holds one {kind}, not a mapping of sections")
+    try:
+        config = config_lib.from_mapping(mapping)
+    except config_lib.ConfigError as error:
+        raise config_lib.ConfigError(f"{path}: {error}") from error
+    return config_lib.override(config, overrides)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise config_lib.ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        message = f"{path}:{error.lineno}: not valid JSON: {error.msg}"
+        raise config_lib.ConfigError(message) from error
+
+
+def _run_python(path: Path) -> Mapping[str, Any]:
+    # Compiled here, not imported: a configuration leaves no bytecode and no entry in sys.modules.
+    names = {"__name__": path.stem, "__file__": str(path)}
+    text = _read_text(path)
+    try:
+        exec(compile(text, str(path), "exec"), names)
+        if not callable(names.get("get_config")):
+            raise config_lib.ConfigError(f"{path}: has no function get_config()")
+        return names["get_config"]()
+    except config_lib.ConfigError:
+        raise
+    except SyntaxError as error:
+        line = f":{error.lineno}" if error.lineno else ""
+        raise config_lib.ConfigError(f"{path}{line}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f":{frame.lineno}" for frame in frames if frame.filename == str(path)]
+        where, kind = f"{path}{''.join(lines[-1:])}", type(error).__name__
+        raise config_lib.ConfigError(f"{where}: {kind}: {error}") from error
