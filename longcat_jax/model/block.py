@@ -1,0 +1,64 @@
+"""Shortcut-connected MoE block (section 2.1.2): the MoE leaves after the first attention and joins
+at the end.
+
+Between its two ends stand FFN_0, MLA_1 and FFN_1, which don't depend on it: dispatch, experts and
+combine have all of that to hide behind.
+
+B batch, T tokens, D model.
+"""
+
+import flax.linen as nn
+import jax
+from flax import struct
+
+from longcat_jax.config import ModelConfig
+from longcat_jax.model.ffn import FFN
+from longcat_jax.model.mla import MLA, AttentionInput, LatentCache
+from longcat_jax.model.moe import MoE
+from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.router import Routing
+from longcat_jax.parameters import norm_weight
+
+
+@struct.dataclass
+class BlockOutput:
+    """What a block gives besides the residual stream."""
+
+    routing: Routing
+    attention: tuple[jax.Array, jax.Array] | tuple[LatentCache, LatentCache]
+    """Both attentions' latents [B, T, U] of these tokens, or their extended caches."""
+
+
+class Block(nn.Module):
+    """One "layer" of the released checkpoint: two attentions, two dense FFNs, one MoE."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        tokens: AttentionInput,
+        caches: tuple[LatentCache, LatentCache] | None = None,
+        router_shift_E: jax.Array | None = None,
+    ) -> tuple[jax.Array, BlockOutput]:
+        """[B, T, D] -> ([B, T, D], BlockOutput)."""
+        c = self.config
+        cache_0, cache_1 = caches or (None, None)
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return rms_norm(x, self.param(name, norm_weight(c), (c.hidden_size,)), c.rms_norm_eps)
+
+        out, latent_0 = MLA(c, name="self_attn_0")(
+            norm("input_layernorm_0", x_BTD), tokens, cache_0
+        )
+        x_BTD += out
+        h_BTD = norm("post_attention_layernorm_0", x_BTD)
+        shortcut, routing = MoE(c, name="mlp")(h_BTD, router_shift_E)
+        x_BTD += FFN(c, name="mlps_0")(h_BTD)
+        out, latent_1 = MLA(c, name="self_attn_1")(
+            norm("input_layernorm_1", x_BTD), tokens, cache_1
+        )
+        x_BTD += out
+        x_BTD += FFN(c, name="mlps_1")(norm("post_attention_layernorm_1", x_BTD))
+        return x_BTD + shortcut, BlockOutput(routing, (latent_0, latent_1))

@@ -1,0 +1,191 @@
+"""The whole model: initialise it, run its trunk, read logits.
+
+Layers are stacked on a leading dim by `jax.vmap(block.init)` and run by `lax.scan`. Parameters are
+a plain dict (tree in docs/ARCHITECTURE.md); nothing is sown or mutated, everything a caller may
+want is returned.
+
+B batch, T tokens, D model, W vocabulary, L layers, K selections, U latent width, E router outputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longcat_jax.config import ModelConfig, ProxyConfig
+from longcat_jax.model.block import Block
+from longcat_jax.model.embed import embed
+from longcat_jax.model.mla import AttentionInput
+from longcat_jax.model.mtp import MTPHead
+from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.rope import rope_table
+from longcat_jax.model.router import RouterStatistics, router_statistics
+from longcat_jax.parameters import embedding, matrix, norm_weight, scale_variance, stack_layers
+from longcat_jax.sharding import constrain_activations
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Sequence:
+    """Tokens with their places. Packed rows hold several segments, each with positions of its
+    own.
+    """
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    """1.. within a row; 0 marks padding."""
+
+    @classmethod
+    def whole_rows(cls, tokens_BT: jax.Array) -> "Sequence":
+        """Rows that are one segment each."""
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        return cls(tokens_BT, positions, jnp.ones_like(tokens_BT))
+
+
+@struct.dataclass
+class TrunkOutput:
+    """What comes out of the blocks."""
+
+    hidden_BTD: jax.Array
+    """After the final norm: what the unembedding and the MTP head read."""
+    last_BTD: jax.Array
+    """Before it: what the hidden z-loss reads."""
+    routers: RouterStatistics
+    """Every field with a leading L."""
+    latents: tuple[jax.Array, jax.Array]
+    """[L, B, T, U] of either attention: what a cache holds."""
+
+
+@struct.dataclass
+class Output:
+    """What `forward` returns."""
+
+    logits: jax.Array
+    """[B, T, W] in at least float32."""
+    mtp_logits: jax.Array | None
+    """[B, T - 1, W]; row t predicts token t + 2."""
+    selected_experts: jax.Array
+    """[L, B, T, K]."""
+    hidden: jax.Array
+    """[B, T, D] after the final norm."""
+
+
+def init(config: ModelConfig, key: jax.Array, proxy: ProxyConfig | None = None) -> Params:
+    """Boxed parameters (parameters.py); call it under `jax.eval_shape` for shapes, axes and
+    roles.
+    """
+    c, D = config, config.hidden_size
+    key_embed, key_layers, key_head, key_mtp = jax.random.split(key, 4)
+    x_BTD = jnp.zeros((1, 2, D), c.dtype)
+    whole = Sequence.whole_rows(jnp.zeros((1, 2), jnp.int32))
+    tokens = AttentionInput(rope_table(c, whole.positions_BT), whole.segment_ids_BT)
+    layers = jax.vmap(lambda k: Block(c).init(k, x_BTD, tokens)["params"])
+    boxed = {
+        "embed_tokens": embedding(c, "vocab", None)(key_embed, (c.vocab_size, D)),
+        "layers": stack_layers(layers(jax.random.split(key_layers, c.num_layers))),
+        "norm": norm_weight(c)(key_head, (D,)),
+        "lm_head": matrix(c, "hidden_size", "embed", None)(key_head, (D, c.vocab_size)),
+    }
+    if c.num_nextn_predict_layers:
+        boxed["mtp"] = MTPHead(c).init(key_mtp, x_BTD, whole.tokens_BT, tokens)["params"]
+    return scale_variance(boxed, c, proxy or ProxyConfig())
+
+
+def rematerialised(function: Callable, policy: str) -> Callable:
+    """`function` under a named activation policy.
+
+    none: keep what the backward pass reads; dots: keep results of plain matrix products, recompute
+    the rest; full: keep the block's input only.
+    """
+    if policy == "none":
+        return function
+    policies = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    return jax.checkpoint(function, policy=policies[policy], prevent_cse=False)
+
+
+def trunk(
+    params: Params,
+    config: ModelConfig,
+    sequence: Sequence,
+    *,
+    balance_groups: int = 1,
+    remat: str = "none",
+    router_shift_LE: jax.Array | None = None,
+) -> TrunkOutput:
+    """Embedding, blocks and final norm.
+
+    Args:
+      params: plain parameter tree.
+      config: architecture.
+      sequence: B rows of T tokens.
+      balance_groups: G of the balance loss (model/router.py).
+      remat: activation policy, see `rematerialised`.
+      router_shift_LE: zeros added to every p, to differentiate by; None: not added.
+    """
+    c = config
+    tokens = AttentionInput(rope_table(c, sequence.positions_BT), sequence.segment_ids_BT)
+    valid_BT = sequence.segment_ids_BT != 0
+
+    def layer(x_BTD: jax.Array, scanned: tuple) -> tuple:
+        weights, shift_E = scanned
+        x_BTD, out = Block(c).apply({"params": weights}, x_BTD, tokens, None, shift_E)
+        statistics = router_statistics(out.routing, valid_BT, config=c, groups=balance_groups)
+        return constrain_activations(x_BTD), (statistics, out.attention)
+
+    x_BTD = embed(params["embed_tokens"], sequence.tokens_BT, jnp.dtype(c.dtype))
+    x_BTD, (routers, latents) = jax.lax.scan(
+        rematerialised(layer, remat),
+        constrain_activations(x_BTD),
+        (params["layers"], router_shift_LE),
+    )
+    hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
+    return TrunkOutput(hidden_BTD, x_BTD, routers, latents)
+
+
+def mtp_hidden(
+    params: Params,
+    config: ModelConfig,
+    hidden_BTD: jax.Array,
+    next_tokens_BT: jax.Array,
+    sequence: Sequence,
+) -> jax.Array:
+    """MTP head's normed hidden states [B, T, D]; positions and segments are those of `sequence`."""
+    tokens = AttentionInput(rope_table(config, sequence.positions_BT), sequence.segment_ids_BT)
+    apply = MTPHead(config).apply
+    return apply({"params": params["mtp"]}, hidden_BTD, next_tokens_BT, tokens)[0]
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits [..., W] in at least float32."""
+    head_DW = params["lm_head"].astype(hidden.dtype)
+    return jnp.matmul(
+        hidden, head_DW, preferred_element_type=jnp.promote_types(hidden, jnp.float32)
+    )
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens_BT: jax.Array, *, mtp: bool = False
+) -> Output:
+    """Logits of whole rows, without a cache.
+
+    Raises:
+      ValueError: `mtp` asked of a model without the head.
+    """
+    if mtp and "mtp" not in params:
+        raise ValueError("mtp=True: this model has no MTP head (num_nextn_predict_layers=0)")
+    sequence = Sequence.whole_rows(tokens_BT)
+    out = trunk(params, config, sequence)
+    mtp_logits = None
+    if mtp:
+        drafted = jax.tree.map(lambda x: x[:, :-1], sequence)
+        hidden = mtp_hidden(params, config, out.hidden_BTD[:, :-1], tokens_BT[:, 1:], drafted)
+        mtp_logits = unembed(params, hidden)
+    selected = out.routers.selected_BTK
+    return Output(unembed(params, out.hidden_BTD), mtp_logits, selected, out.hidden_BTD)

@@ -1,0 +1,164 @@
+"""Multi-head latent attention with scale correction (arXiv 2509.01322, section 2.2.1; SPEC names).
+
+Two forms of the same function: `expanded` (training, prefill: K and V of every head are made from
+the latent) and `absorbed` (decoding: W_kb is folded into the query, W_vb into the output, attention
+runs over the cached latent).
+
+B batch, T tokens, S cache entries, D model, H heads, Q query rank, C latent rank, N nope dim, P
+rope dim, V value dim, U = C + P the cached width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longcat_jax.config import ModelConfig
+from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.rope import RopeTable, attention_scale, rotate
+from longcat_jax.parameters import matrix, norm_weight
+from pallas_kernels import flash_mla, mla_decode
+
+
+@struct.dataclass
+class AttentionInput:
+    """What attention needs to know of the tokens besides their activations, shared by all
+    layers.
+    """
+
+    rope: RopeTable
+    segment_ids_BT: jax.Array | None = None
+    """Tokens see tokens of their own segment only; None: one segment a row."""
+
+
+@struct.dataclass
+class LatentCache:
+    """One attention's cache: normed and scaled latent, then the rotated rope key."""
+
+    entries_BSU: jax.Array
+    lengths_B: jax.Array
+    """Entries in use, the tokens of this call included once they are written."""
+
+
+def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
+    """Appends T entries to every row."""
+
+    def row(entries_SU: jax.Array, new_TU: jax.Array, length: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(
+            entries_SU, new_TU.astype(entries_SU.dtype), (length, 0)
+        )
+
+    entries = jax.vmap(row)(cache.entries_BSU, latent_BTU, cache.lengths_B)
+    return LatentCache(entries, cache.lengths_B + latent_BTU.shape[1])
+
+
+def _query(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> tuple:
+    """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P]."""
+    c, (B, T, D) = config, x_BTD.shape
+    low_BTQ = rms_norm(x_BTD @ weights["q_a_proj"], weights["q_a_layernorm"], c.mla_norm_eps)
+    q = (low_BTQ @ weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
+    q = q * (D / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
+    return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
+
+
+def _latent(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
+    """What a cache holds of each token [B, T, U]; the rope key is shared by all heads and not
+    scaled.
+    """
+    c = config
+    low = x_BTD @ weights["kv_a_proj_with_mqa"]
+    latent = rms_norm(low[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
+    latent = latent * (x_BTD.shape[-1] / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
+    k_rope = rotate(low[..., None, c.kv_lora_rank :], rope)[:, :, 0]
+    return jnp.concatenate([latent, k_rope], axis=-1)
+
+
+def _up_projections(config: ModelConfig, kv_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """kv_b_proj as W_uk [C, H, N] and W_uv [C, H, V]."""
+    c = config
+    w = kv_b.reshape(c.kv_lora_rank, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
+    return w[..., : c.qk_nope_head_dim], w[..., c.qk_nope_head_dim :]
+
+
+def expanded(
+    config: ModelConfig, x_BTD: jax.Array, weights: dict, tokens: AttentionInput
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention among the T tokens themselves -> (output [B, T, D], latent [B, T, U])."""
+    c, (B, T, _) = config, x_BTD.shape
+    latent_BTU = _latent(c, x_BTD, weights, tokens.rope)
+    kv = latent_BTU[..., : c.kv_lora_rank] @ weights["kv_b_proj"]
+    kv = kv.reshape(B, T, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
+    out_BTHV = flash_mla(
+        jnp.concatenate(_query(c, x_BTD, weights, tokens.rope), axis=-1),
+        kv[..., : c.qk_nope_head_dim],
+        kv[..., c.qk_nope_head_dim :],
+        scale=attention_scale(c),
+        segment_ids=tokens.segment_ids_BT,
+        k_rope=latent_BTU[..., c.kv_lora_rank :],
+    )
+    return out_BTHV.reshape(B, T, -1) @ weights["o_proj"], latent_BTU
+
+
+def absorbed(
+    config: ModelConfig,
+    x_BTD: jax.Array,
+    weights: dict,
+    tokens: AttentionInput,
+    cache: LatentCache,
+) -> tuple[jax.Array, LatentCache]:
+    """Appends the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
+    c, (B, T, _) = config, x_BTD.shape
+    cache = _write(cache, _latent(c, x_BTD, weights, tokens.rope))
+    q_nope, q_rope = _query(c, x_BTD, weights, tokens.rope)
+    w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
+    q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
+    out_BTHC = mla_decode(
+        q_BTHU,
+        cache.entries_BSU,
+        cache.lengths_B,
+        scale=attention_scale(c),
+        value_dim=c.kv_lora_rank,
+    )
+    out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHC, w_uv_CHV)
+    return out_BTHV.reshape(B, T, -1) @ weights["o_proj"], cache
+
+
+class MLA(nn.Module):
+    """Parameters of one attention; `expanded` without a cache, `absorbed` with one."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, tokens: AttentionInput, cache: LatentCache | None = None
+    ) -> tuple[jax.Array, jax.Array | LatentCache]:
+        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache)."""
+        c = self.config
+        D, Q, C, U, H = (
+            c.hidden_size,
+            c.q_lora_rank,
+            c.kv_lora_rank,
+            c.latent_dim,
+            c.num_attention_heads,
+        )
+        kv_width, out_width = H * (c.qk_nope_head_dim + c.v_head_dim), H * c.v_head_dim
+        by_D, by_Q, by_C = (
+            matrix(c, "hidden_size", "embed", None),
+            matrix(c, "q_lora_rank", "q_rank", None),
+            matrix(c, "kv_lora_rank", "kv_rank", None),
+        )
+        weights = {
+            "q_a_proj": self.param("q_a_proj", by_D, (D, Q)),
+            "q_a_layernorm": self.param("q_a_layernorm", norm_weight(c), (Q,)),
+            "q_b_proj": self.param("q_b_proj", by_Q, (Q, H * c.qk_head_dim)),
+            "kv_a_proj_with_mqa": self.param("kv_a_proj_with_mqa", by_D, (D, U)),
+            "kv_a_layernorm": self.param("kv_a_layernorm", norm_weight(c), (C,)),
+            "kv_b_proj": self.param("kv_b_proj", by_C, (C, kv_width)),
+            "o_proj": self.param(
+                "o_proj", matrix(c, "num_attention_heads", None, "embed"), (out_width, D)
+            ),
+        }
+        weights = {name: w.astype(x_BTD.dtype) for name, w in weights.items()}
+        if cache is None:
+            return expanded(c, x_BTD, weights, tokens)
+        return absorbed(c, x_BTD, weights, tokens, cache)

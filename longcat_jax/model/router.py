@@ -1,0 +1,136 @@
+"""Router over real and identity experts, and what is counted about its choices (sections 2.1.1,
+2.2.3).
+
+p = softmax(W_r h) over N + Z outputs in at least float32; the top K of p + b are selected, b only
+takes part in the selection; gates are the unbiased p times gamma, not renormalised.
+
+B batch, T tokens, D model, E = N + Z router outputs, X = N real experts, K selections, G groups of
+real experts.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longcat_jax.config import ModelConfig
+from longcat_jax.parameters import router_bias, router_matrix
+
+
+@struct.dataclass
+class Routing:
+    """A router's decision."""
+
+    gates_BTK: jax.Array
+    """gamma * p of the selected experts."""
+    experts_BTK: jax.Array
+    """int32 ids; N.. are identity experts."""
+    p_BTE: jax.Array
+
+
+@struct.dataclass
+class RouterStatistics:
+    """Counts over the tokens outside padding."""
+
+    load_E: jax.Array
+    """int32: selections of each expert."""
+    balance_B: jax.Array
+    """Balance loss of each row before alpha: 1 for a balanced router."""
+    real_histogram: jax.Array
+    """[K + 1] int32: tokens with 0..K real experts."""
+    selected_BTK: jax.Array
+
+
+@jax.custom_vjp
+def select(p_BTE: jax.Array, experts_BTK: jax.Array) -> jax.Array:
+    """p of the chosen experts; the gradient is a sum over K in fixed order instead of a scatter."""
+    return jnp.take_along_axis(p_BTE, experts_BTK, axis=-1)
+
+
+def _select_forward(p_BTE: jax.Array, experts_BTK: jax.Array) -> tuple:
+    return select(p_BTE, experts_BTK), (experts_BTK, jnp.zeros((p_BTE.shape[-1], 0), p_BTE.dtype))
+
+
+def _select_backward(residuals: tuple, dgates_BTK: jax.Array) -> tuple:
+    experts_BTK, carrier = residuals
+    ids_E = jnp.arange(carrier.shape[0])[None, None]
+    total = jnp.zeros((*experts_BTK.shape[:-1], carrier.shape[0]), carrier.dtype)
+    for k in range(experts_BTK.shape[-1]):
+        total += jnp.where(experts_BTK[..., k, None] == ids_E, dgates_BTK[..., k, None], 0)
+    return total, None
+
+
+select.defvjp(_select_forward, _select_backward)
+
+
+def balance_loss(
+    p_BTE: jax.Array,
+    load_BE: jax.Array,
+    valid_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    groups: int,
+) -> jax.Array:
+    """Device-level balance loss of each row, without alpha [B] (section 2.2.3).
+
+    sum_j f_j P_j over G groups of real experts and, as group G + 1, the identity experts. P_j: mean
+    probability of group j. f_j: its selections per token, over K_e / G (real) or K - K_e
+    (identity); counted, so no gradient.
+    """
+    c = config
+    tokens_B = jnp.maximum(valid_BT.sum(-1), 1).astype(p_BTE.dtype)
+    mean_BE = (p_BTE * valid_BT[..., None]).sum(1) / tokens_B[:, None]
+    share_BE = load_BE / tokens_B[:, None]
+
+    def grouped(value_BE: jax.Array) -> jax.Array:
+        real = value_BE[:, : c.n_routed_experts]
+        return real.reshape(real.shape[0], groups, -1).sum(-1)
+
+    loss_B = (grouped(share_BE) * grouped(mean_BE)).sum(-1) * (groups / c.moe_topk_real)
+    if c.zero_expert_num and c.moe_topk > c.moe_topk_real:
+        identity = slice(c.n_routed_experts, None)
+        f_B = share_BE[:, identity].sum(-1) / (c.moe_topk - c.moe_topk_real)
+        loss_B += f_B * mean_BE[:, identity].sum(-1)
+    return loss_B
+
+
+def router_statistics(
+    routing: Routing, valid_BT: jax.Array, *, config: ModelConfig, groups: int
+) -> RouterStatistics:
+    """Loads, balance loss and histogram of one layer's choices."""
+    c, experts_BTK = config, routing.experts_BTK
+    ids_E = jnp.arange(c.num_router_outputs)[None, None, None]
+    hits_BTKE = (experts_BTK[..., None] == ids_E) & valid_BT[..., None, None]
+    load_BE = hits_BTKE.sum((1, 2), dtype=jnp.int32)
+    real_BT = (experts_BTK < c.n_routed_experts).sum(-1)
+    of_count = (real_BT[..., None] == jnp.arange(c.moe_topk + 1)[None, None]) & valid_BT[..., None]
+    return RouterStatistics(
+        load_E=load_BE.sum(0),
+        balance_B=balance_loss(routing.p_BTE, load_BE, valid_BT, config=c, groups=groups),
+        real_histogram=of_count.sum((0, 1), dtype=jnp.int32),
+        selected_BTK=experts_BTK,
+    )
+
+
+class Router(nn.Module):
+    """Parameters of the router; the bias has no gradient, optim/pid_bias.py moves it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, shift_E: jax.Array | None = None) -> Routing:
+        """Routes every token; `shift_E` is added to every p after the softmax (to differentiate by,
+        SPEC 3).
+        """
+        c = self.config
+        E = c.num_router_outputs
+        w_DE = self.param("classifier", router_matrix(c, "embed", None), (c.hidden_size, E))
+        bias_E = self.param("e_score_correction_bias", router_bias(c), (E,))
+        logits_BTE = jnp.matmul(x_BTD.astype(w_DE.dtype), w_DE, precision=jax.lax.Precision.HIGHEST)
+        p_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        if shift_E is not None:
+            p_BTE = p_BTE + shift_E[None, None]
+        choice = jax.lax.stop_gradient(p_BTE + bias_E[None, None])
+        _, experts_BTK = jax.lax.top_k(choice, c.moe_topk)
+        gates_BTK = c.routed_scaling_factor * select(p_BTE, experts_BTK)
+        return Routing(gates_BTK, experts_BTK, p_BTE)

@@ -1,0 +1,250 @@
+"""One optimizer step as a pure function: losses, gradients over micro-batches, update, metrics.
+
+A micro-batch A of accumulation, B batch, T tokens, L layers, E router outputs, X real experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longcat_jax.config import Config
+from longcat_jax.losses import (
+    Batch,
+    Denominators,
+    LossTerms,
+    RouterCounts,
+    denominators,
+    loss_terms,
+    next_token_nats,
+    sequence_of,
+    target_masks,
+    total_loss,
+)
+from longcat_jax.model import longcat
+from longcat_jax.optim.chain import make_optimizer
+from longcat_jax.parameters import unbox
+from longcat_jax.sharding import BATCH_AXES, parameter_shardings
+
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes."""
+
+    step: jax.Array
+    """Optimizer steps done, int32."""
+    params: Any
+    opt_state: Any
+
+
+def abstract_boxes(config: Config) -> Any:
+    """Parameters as boxed shapes: nothing is allocated."""
+    return jax.eval_shape(
+        lambda key: longcat.init(config.model, key, config.proxy), jax.random.key(0)
+    )
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """NamedSharding of every leaf of the state; optimizer moments lie like their parameters."""
+    boxed = abstract_boxes(config)
+    tx, params = make_optimizer(config, boxed), parameter_shardings(boxed, mesh)
+    replicated = NamedSharding(mesh, P())
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, unbox(boxed)),
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(replicated, params, opt_state)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+    boxed = abstract_boxes(config)
+    shapes = jax.eval_shape(lambda params: _fresh_state(config, boxed, params), unbox(boxed))
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        shapes,
+        state_shardings(config, mesh),
+    )
+
+
+def _fresh_state(config: Config, boxed: Any, params: Any) -> TrainState:
+    tx = make_optimizer(config, boxed)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """A new run's state, made in place on the mesh; the same values on every mesh."""
+
+    def make(key: jax.Array) -> TrainState:
+        boxed = longcat.init(config.model, key, config.proxy)
+        return _fresh_state(config, boxed, unbox(boxed))
+
+    return jax.jit(make, out_shardings=state_shardings(config, mesh))(jax.random.key(config.seed))
+
+
+def state_from_params(config: Config, mesh: Mesh, params: Any) -> TrainState:
+    """A new run's state around given parameters (fine-tuning): fresh optimizer, step 0."""
+    boxed = abstract_boxes(config)
+    return jax.jit(
+        lambda p: _fresh_state(config, boxed, p), out_shardings=state_shardings(config, mesh)
+    )(params)
+
+
+def _gradients(
+    params: Any, config: Config, batch: Batch, totals: Denominators
+) -> tuple[LossTerms, RouterCounts, Any]:
+    def objective(p: Any) -> tuple[jax.Array, tuple[LossTerms, RouterCounts]]:
+        terms, counts = loss_terms(p, config, batch, totals)
+        return total_loss(terms, config), (terms, counts)
+
+    (_, (terms, counts)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return terms, counts, grads
+
+
+def accumulated_gradients(
+    params: Any, config: Config, batch: Batch
+) -> tuple[LossTerms, RouterCounts, Any]:
+    """Losses, counts and gradients of the global batch, summed over its micro-batches in order."""
+    totals, parts = denominators(batch, config), config.train.accumulate
+    if parts == 1:
+        return _gradients(params, config, batch, totals)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every micro-batch takes rows from all devices: row r goes to micro-batch r mod A.
+        x_ABT = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        if jax.sharding.get_abstract_mesh().empty:
+            return x_ABT
+        return jax.lax.with_sharding_constraint(x_ABT, P(None, BATCH_AXES))
+
+    def step(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, _gradients(params, config, part, totals)), None
+
+    micro = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(
+        lambda b: _gradients(params, config, b, totals), jax.tree.map(lambda x: x[0], micro)
+    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(step, zeros, micro)[0]
+
+
+def router_metrics(counts: RouterCounts, config: Config) -> Metrics:
+    """What the log says of the router (SPEC 3), from one step's counts."""
+    real_LX = counts.load_LE[:, : config.model.n_routed_experts].astype(jnp.float32)
+    max_load_L = real_LX.max(-1) / jnp.maximum(real_LX.mean(-1), 1e-9)
+    of_count = counts.real_histogram.sum(0).astype(jnp.float32)
+    share = of_count / jnp.maximum(of_count.sum(), 1)
+    numbers = jnp.arange(len(of_count), dtype=jnp.float32)
+    mean = (share * numbers).sum()
+    return {
+        "experts_per_token": mean,
+        "experts_per_token_std": jnp.sqrt((share * (numbers - mean) ** 2).sum()),
+        "max_load": max_load_L.max(),
+        "max_load_mean": max_load_L.mean(),
+    }
+
+
+def train_step(
+    state: TrainState, batch: Batch, token_bytes_W: jax.Array, *, config: Config
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on a global batch of [B, T + 1] arrays.
+
+    Args:
+      state: donated by the caller.
+      batch: tokens, segment_ids, positions.
+      token_bytes_W: bytes of text that each token stands for (bits per byte).
+      config: static.
+    """
+    terms, counts, grads = accumulated_gradients(state.params, config, batch)
+    tx = make_optimizer(config, abstract_boxes(config))
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, load_LE=counts.load_LE)
+    has_next, _ = target_masks(batch)
+    text_bytes = jnp.where(has_next, token_bytes_W[batch["tokens"][:, 1:]], 0).sum()
+    bits = terms.loss * has_next.sum() / jnp.log(2.0)
+    metrics = {
+        "loss": terms.loss,
+        "loss_total": total_loss(terms, config),
+        "mtp_loss": terms.mtp_loss,
+        "balance_loss": terms.balance_loss,
+        "z_loss": terms.z_loss,
+        "bits_per_byte": bits / jnp.maximum(text_bytes, 1),
+        "grad_norm": optax.global_norm(grads),
+        **router_metrics(counts, config),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def compile_train_step(config: Config, mesh: Mesh) -> Callable:
+    """The jitted step: state donated, its shardings kept."""
+    shardings = state_shardings(config, mesh)
+
+    def step(state: TrainState, batch: Batch, token_bytes_W: jax.Array) -> tuple:
+        return train_step(state, batch, token_bytes_W, config=config)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+@struct.dataclass
+class EvaluationSums:
+    """Sums over one validation batch."""
+
+    nats: jax.Array
+    targets: jax.Array
+    text_bytes: jax.Array
+    load_LE: jax.Array
+    real_histogram: jax.Array
+
+
+def evaluation_step(
+    params: Any, batch: Batch, token_bytes_W: jax.Array, *, config: Config
+) -> EvaluationSums:
+    """Cross-entropy and router counts of one batch, no gradients."""
+    out = longcat.trunk(
+        params, config.model, sequence_of(batch), balance_groups=config.optim.balance.groups
+    )
+    has_next, _ = target_masks(batch)
+    return EvaluationSums(
+        nats=next_token_nats(params, config, batch, out).sum(),
+        targets=has_next.sum(),
+        text_bytes=jnp.where(has_next, token_bytes_W[batch["tokens"][:, 1:]], 0).sum(),
+        load_LE=out.routers.load_E,
+        real_histogram=out.routers.real_histogram.sum(0),
+    )
+
+
+def router_watch(params: Any, batch: Batch, *, config: Config) -> Metrics:
+    """Per layer: mean pairwise cosine of the router's rows, and R_g (SPEC 3).
+
+    R_g = |grad_P alpha L_LB| / |grad_P L_LM|, by differentiating both losses at a zero vector
+    added to every token's p; it should stay under 0.1.
+    """
+    model = config.model
+    zero_LE = jnp.zeros(
+        (model.num_layers, model.num_router_outputs), jnp.promote_types(model.dtype, jnp.float32)
+    )
+    totals = denominators(batch, config)
+
+    def both(shift_LE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        terms, _ = loss_terms(params, config, batch, totals, router_shift_LE=shift_LE)
+        return terms.balance_loss, terms.loss
+
+    (balance, lm), pull = jax.vjp(both, zero_LE)
+    one, none = jnp.ones_like(lm), jnp.zeros_like(lm)
+    (balance_LE,), (lm_LE,) = pull((one, none)), pull((none, one))
+    w_LDE = params["layers"]["mlp"]["router"]["classifier"]
+    unit_LDE = w_LDE / jnp.linalg.norm(w_LDE, axis=1, keepdims=True)
+    cosine_L = (jnp.square(unit_LDE.sum(-1)).sum(-1) / model.num_router_outputs - 1) / (
+        model.num_router_outputs - 1
+    )
+    ratio_L = jnp.linalg.norm(balance_LE, axis=-1) / jnp.linalg.norm(lm_LE, axis=-1)
+    return {"router/cosine": cosine_L, "router/balance_ratio": ratio_L}
