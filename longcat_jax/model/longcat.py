@@ -7,7 +7,9 @@ want is returned.
 B batch, T tokens, D model, W vocabulary, L layers, K selections, U latent width, E router outputs.
 """
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -189,3 +191,13 @@ def forward(
         mtp_logits = unembed(params, hidden)
     selected = out.routers.selected_BTK
     return Output(unembed(params, out.hidden_BTD), mtp_logits, selected, out.hidden_BTD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model to run: what `longcat_jax.load` returns."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Path | None = None
+    """Its tokenizer.json, where the checkpoint came with one."""
