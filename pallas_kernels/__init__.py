@@ -1,0 +1,22 @@
+"""Kernels of LongCat-Flash: one folder per operator, each with a plain jnp reference of the same
+signature.
+
+Every operator is deterministic: the order of its sums is a function of shapes and indices only, and
+no floating-point scatter appears in its value or its gradients. `implementation=None` picks the
+best one for the platform; a named one is used or refused with a ValueError, never replaced.
+"""
+
+from pallas_kernels.flash_mla import flash_mla
+from pallas_kernels.gather_combine import gather_combine, gather_rows
+from pallas_kernels.grouped_gemm import grouped_gemm
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.scatter_add import scatter_add
+
+__all__ = [
+    "flash_mla",
+    "gather_combine",
+    "gather_rows",
+    "grouped_gemm",
+    "mla_decode",
+    "scatter_add",
+]

@@ -1,0 +1,68 @@
+"""What the operators share: checks, the accumulation dtype, the choice of implementation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulation_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype sums run in: at least float32, so float64 stays float64."""
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless the condition holds; for what a caller got wrong."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_rank(operator: str, rank: int, **arrays: jax.Array) -> None:
+    """Raises ValueError if one of the named arrays has another number of dimensions."""
+    for name, array in arrays.items():
+        require(
+            array.ndim == rank,
+            f"{operator}: {name} has shape {array.shape}, expected {rank} dimensions",
+        )
+
+
+def require_float(operator: str, **arrays: jax.Array) -> None:
+    """Raises ValueError unless the named arrays are floating point and of one dtype."""
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    for name, dtype in dtypes.items():
+        require(
+            jnp.issubdtype(dtype, jnp.floating),
+            f"{operator}: {name} is {dtype}, expected a floating dtype",
+        )
+    require(
+        len(set(dtypes.values())) == 1,
+        f"{operator}: dtypes differ: {', '.join(f'{n} {d}' for n, d in dtypes.items())}",
+    )
+
+
+def require_integer(operator: str, **arrays: jax.Array) -> None:
+    """Raises ValueError unless the named arrays hold integers."""
+    for name, array in arrays.items():
+        require(
+            jnp.issubdtype(array.dtype, jnp.integer),
+            f"{operator}: {name} is {array.dtype}, expected an integer dtype",
+        )
+
+
+def select(
+    operator: str, implementation: str | None, available: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any]:
+    """The implementation called `implementation`; for None the reference, which runs everywhere.
+
+    Raises ValueError for a name that is not in `available`.
+    """
+    if implementation is None:
+        return available["reference"]
+    require(
+        implementation in available,
+        f"{operator}: implementation={implementation!r} is not available, choose None or one of "
+        f"{', '.join(map(repr, available))}",
+    )
+    return available[implementation]

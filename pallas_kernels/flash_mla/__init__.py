@@ -1,0 +1,73 @@
+"""Causal attention of MLA in training and prefill: keys wider than values, one rope key shared by
+all heads.
+
+B batch, T tokens (queries), S keys (S == T), H heads, Q query and key width, V value width, P rope
+width.
+"""
+
+import jax
+
+from pallas_kernels import _common
+from pallas_kernels.flash_mla import reference
+
+_IMPLEMENTATIONS = {"reference": reference.flash_mla}
+
+
+def flash_mla(
+    q_BTHQ: jax.Array,
+    k_BSHQ: jax.Array,
+    v_BSHV: jax.Array,
+    *,
+    scale: float,
+    segment_ids: jax.Array | None = None,
+    k_rope: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(scale * q k^T) v over the keys s <= t of the same segment; softmax in float32 at
+    least.
+
+    Args:
+      q_BTHQ: queries.
+      k_BSHQ: keys; with `k_rope` the part without rope only, P narrower than the queries.
+      v_BSHV: values.
+      scale: factor of the scores, before the softmax.
+      segment_ids: [B, T] integers; a query sees the keys of its own id only. None: one segment.
+      k_rope: [B, S, P], the key part shared by all heads; it meets the last P columns of the
+        queries.
+      implementation: None for the platform's best, or "reference".
+
+    Returns:
+      [B, T, H, V] in the dtype of q.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the implementation is not available.
+    """
+    name = "flash_mla"
+    _common.require_rank(name, 4, q_BTHQ=q_BTHQ, k_BSHQ=k_BSHQ, v_BSHV=v_BSHV)
+    _common.require_float(name, q_BTHQ=q_BTHQ, k_BSHQ=k_BSHQ, v_BSHV=v_BSHV)
+    key_width = k_BSHQ.shape[3]
+    if k_rope is not None:
+        _common.require_rank(name, 3, k_rope=k_rope)
+        _common.require_float(name, q_BTHQ=q_BTHQ, k_rope=k_rope)
+        _common.require(
+            k_rope.shape[:2] == k_BSHQ.shape[:2],
+            f"{name}: k_rope is {k_rope.shape}, k_BSHQ {k_BSHQ.shape}",
+        )
+        key_width += k_rope.shape[2]
+    _common.require(
+        q_BTHQ.shape[:3] == k_BSHQ.shape[:3] == v_BSHV.shape[:3],
+        f"{name}: q_BTHQ {q_BTHQ.shape}, k_BSHQ {k_BSHQ.shape} and v_BSHV {v_BSHV.shape} must "
+        "agree in batch, tokens and heads",
+    )
+    _common.require(
+        q_BTHQ.shape[3] == key_width,
+        f"{name}: queries are {q_BTHQ.shape[3]} wide, keys (with k_rope) {key_width}",
+    )
+    if segment_ids is not None:
+        _common.require_integer(name, segment_ids=segment_ids)
+        _common.require(
+            segment_ids.shape == q_BTHQ.shape[:2],
+            f"{name}: segment_ids is {segment_ids.shape}, expected {q_BTHQ.shape[:2]}",
+        )
+    run = _common.select(name, implementation, _IMPLEMENTATIONS)
+    return run(q_BTHQ, k_BSHQ, v_BSHV, scale=scale, segment_ids=segment_ids, k_rope=k_rope)

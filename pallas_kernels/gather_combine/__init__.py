@@ -1,0 +1,84 @@
+"""Dispatch and combine of the MoE as gathers: rows of tokens out, weighted rows of experts back.
+
+T tokens, K selections per token, R routed rows, D width. `slots_TK` says in which row selection k
+of token t stands, `token_of_row_R` is its inverse. Both gradients are gathers through the other
+one.
+"""
+
+import jax
+
+from pallas_kernels import _common
+from pallas_kernels.gather_combine import reference
+
+_COMBINE = {"reference": reference.gather_combine}
+_ROWS = {"reference": reference.gather_rows}
+
+
+def gather_combine(
+    values_RD: jax.Array,
+    slots_TK: jax.Array,
+    weights_TK: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """out[t] = sum over k, in order, of weights[t, k] * values[slots[t, k]].
+
+    Args:
+      values_RD: rows.
+      slots_TK: integer row numbers. A row may be referenced at most once (not checked), else
+        gradients to values are wrong. A slot outside [0, R) contributes nothing.
+      weights_TK: any floating dtype; products and sums run in float32 at least.
+      implementation: None for the platform's best, or "reference".
+
+    Returns:
+      [T, D] in the dtype of values.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the implementation is not available.
+    """
+    name = "gather_combine"
+    _common.require_rank(name, 2, values_RD=values_RD, slots_TK=slots_TK, weights_TK=weights_TK)
+    _common.require_float(name, values_RD=values_RD)
+    _common.require_float(name, weights_TK=weights_TK)
+    _common.require_integer(name, slots_TK=slots_TK)
+    _common.require(
+        slots_TK.shape == weights_TK.shape,
+        f"{name}: slots_TK is {slots_TK.shape}, weights_TK {weights_TK.shape}",
+    )
+    return _common.select(name, implementation, _COMBINE)(values_RD, slots_TK, weights_TK)
+
+
+def gather_rows(
+    x_TD: jax.Array,
+    token_of_row_R: jax.Array,
+    slots_TK: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """rows[r] = x[token_of_row[r]], with the gradient taken by gathers: dx[t] = sum over k of
+    drows[slots[t, k]].
+
+    Args:
+      x_TD: tokens.
+      token_of_row_R: integer token of each row; outside [0, T) the row is zero.
+      slots_TK: where the rows of token t stand: token_of_row[slots[t, k]] == t, every row of a
+        token listed once (not checked). A slot outside [0, R) stands for no row. Used by the
+        gradient only.
+      implementation: None for the platform's best, or "reference".
+
+    Returns:
+      [R, D] in the dtype of x.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the implementation is not available.
+    """
+    name = "gather_rows"
+    _common.require_rank(name, 2, x_TD=x_TD, slots_TK=slots_TK)
+    _common.require_rank(name, 1, token_of_row_R=token_of_row_R)
+    _common.require_float(name, x_TD=x_TD)
+    _common.require_integer(name, token_of_row_R=token_of_row_R, slots_TK=slots_TK)
+    _common.require(
+        slots_TK.shape[0] == x_TD.shape[0],
+        f"{name}: slots_TK has {slots_TK.shape[0]} tokens, x_TD {x_TD.shape[0]}",
+    )
+    return _common.select(name, implementation, _ROWS)(x_TD, token_of_row_R, slots_TK)

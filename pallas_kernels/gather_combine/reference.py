@@ -1,0 +1,93 @@
+"""Dispatch and combine in plain jnp; XLA fuses each into one pass over memory.
+
+T tokens, K selections per token, R routed rows, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._common import accumulation_dtype
+
+
+def _take(x_RD: jax.Array, index_T: jax.Array) -> jax.Array:
+    """x[index], zero where the index is outside [0, R)."""
+    num_rows = x_RD.shape[0]
+    inside_T = (index_T >= 0) & (index_T < num_rows)
+    return x_RD.at[jnp.where(inside_T, index_T, num_rows)].get(mode="fill", fill_value=0)
+
+
+def _selection_of_row(slots_TK: jax.Array, num_rows: int) -> jax.Array:
+    """t * K + k of the selection that references each row, T * K where none does.
+
+    The scatter is of int32 at distinct places, hence exact in any order; it is cheaper than a sort.
+    """
+    size = slots_TK.size
+    flat = slots_TK.reshape(size)
+    flat = jnp.where((flat >= 0) & (flat < num_rows), flat, num_rows)
+    return (
+        jnp.full(num_rows, size, jnp.int32)
+        .at[flat]
+        .set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+    )
+
+
+def _combine(values_RD: jax.Array, slots_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
+    dtype = accumulation_dtype(values_RD.dtype)
+    total_TD = jnp.zeros((slots_TK.shape[0], values_RD.shape[1]), dtype)
+    for k in range(slots_TK.shape[1]):
+        row_TD = _take(values_RD, slots_TK[:, k]).astype(dtype)
+        total_TD += weights_TK[:, k, None].astype(dtype) * row_TD
+    return total_TD.astype(values_RD.dtype)
+
+
+@jax.custom_vjp
+def gather_combine(values_RD: jax.Array, slots_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
+    """The public operator, arguments already checked."""
+    return _combine(values_RD, slots_TK, weights_TK)
+
+
+def _combine_forward(
+    values_RD: jax.Array, slots_TK: jax.Array, weights_TK: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _combine(values_RD, slots_TK, weights_TK), (values_RD, slots_TK, weights_TK)
+
+
+def _combine_backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], dout_TD: jax.Array
+) -> tuple[jax.Array, None, jax.Array]:
+    values_RD, slots_TK, weights_TK = residuals
+    num_selected = slots_TK.shape[1]
+    dtype = accumulation_dtype(values_RD.dtype)
+    selection_R = _selection_of_row(slots_TK, values_RD.shape[0])
+    dout_RD = _take(dout_TD, selection_R // num_selected).astype(dtype)
+    weight_R = _take(weights_TK.reshape(-1, 1), selection_R).astype(dtype)
+    dvalues_RD = (weight_R * dout_RD).astype(values_RD.dtype)
+    # The dot of a row with its token's gradient is taken where the row stands, so that values are
+    # read once, in order.
+    dot_R1 = jnp.sum(values_RD.astype(dtype) * dout_RD, axis=1, keepdims=True)
+    dweights_TK = _take(dot_R1, slots_TK.reshape(-1)).reshape(slots_TK.shape)
+    return dvalues_RD, None, dweights_TK.astype(weights_TK.dtype)
+
+
+gather_combine.defvjp(_combine_forward, _combine_backward)
+
+
+@jax.custom_vjp
+def gather_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
+    """The public operator, arguments already checked."""
+    del slots_TK
+    return _take(x_TD, token_of_row_R)
+
+
+def _rows_forward(
+    x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return gather_rows(x_TD, token_of_row_R, slots_TK), slots_TK
+
+
+def _rows_backward(slots_TK: jax.Array, drows_RD: jax.Array) -> tuple[jax.Array, None, None]:
+    ones_TK = jnp.ones(slots_TK.shape, accumulation_dtype(drows_RD.dtype))
+    return _combine(drows_RD, slots_TK, ones_TK), None, None
+
+
+gather_rows.defvjp(_rows_forward, _rows_backward)

@@ -1,0 +1,56 @@
+"""Grouped matrix product: rows sorted by group, one weight matrix per group.
+
+R rows, K contracted width, N output width, G groups.
+"""
+
+import jax
+
+from pallas_kernels import _common
+from pallas_kernels.grouped_gemm import reference
+
+_IMPLEMENTATIONS = {"reference": reference.grouped_gemm}
+
+
+def grouped_gemm(
+    lhs_RK: jax.Array,
+    rhs_GKN: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """out[r] = lhs[r] @ rhs[group of r], where the first group_sizes[0] rows are group 0, and so
+    on.
+
+    Rows past sum(group_sizes) are zero in the result, take no gradient and give none, whatever they
+    hold (NaN included). Sums run in float32 at least. Differentiable in lhs and rhs by reverse
+    mode.
+
+    Args:
+      lhs_RK: rows, sorted by group.
+      rhs_GKN: one matrix per group, dtype of lhs.
+      group_sizes_G: rows per group, integers >= 0 whose sum is at most R (not checked: values are
+        traced).
+      implementation: None for the platform's best, or "reference".
+
+    Returns:
+      [R, N] in the dtype of lhs.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the implementation is not available.
+    """
+    name = "grouped_gemm"
+    _common.require_rank(name, 2, lhs_RK=lhs_RK)
+    _common.require_rank(name, 3, rhs_GKN=rhs_GKN)
+    _common.require_rank(name, 1, group_sizes_G=group_sizes_G)
+    _common.require_float(name, lhs_RK=lhs_RK, rhs_GKN=rhs_GKN)
+    _common.require_integer(name, group_sizes_G=group_sizes_G)
+    _common.require(
+        lhs_RK.shape[1] == rhs_GKN.shape[1],
+        f"{name}: lhs_RK is {lhs_RK.shape[1]} wide, rhs_GKN contracts {rhs_GKN.shape[1]}",
+    )
+    _common.require(
+        rhs_GKN.shape[0] == group_sizes_G.shape[0] > 0,
+        f"{name}: rhs_GKN has {rhs_GKN.shape[0]} groups, group_sizes_G {group_sizes_G.shape[0]}; "
+        "both must be the same, at least 1",
+    )
+    return _common.select(name, implementation, _IMPLEMENTATIONS)(lhs_RK, rhs_GKN, group_sizes_G)

@@ -1,0 +1,122 @@
+"""Grouped GEMM in plain jnp: dropless blocks of 64 rows, each against its group's matrix.
+
+A loop whose trip count is the number of blocks in use, so rows that belong to no group cost nothing
+and no weight is ever copied per block. Measured against batching all blocks with gathered weights,
+chunks of blocks, and other block sizes (experiments/LOG.md): within noise or faster at the
+quickstart's shapes, and its memory does not grow with R.
+
+R rows, K contracted width, N output width, G groups, M rows of a block, B blocks.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._common import accumulation_dtype
+
+BLOCK_ROWS = 64
+
+
+def _block_table(
+    group_sizes_G: jax.Array, num_rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Group, first row and rows in use of every block, in row order, and the number of blocks in
+    use.
+    """
+    group_sizes_G = group_sizes_G.astype(jnp.int32)
+    blocks_G = (group_sizes_G + BLOCK_ROWS - 1) // BLOCK_ROWS
+    block_end_G = jnp.cumsum(blocks_G, dtype=jnp.int32)
+    row_end_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32)
+    num_groups = group_sizes_G.shape[0]
+    block_B = jnp.arange(num_rows // BLOCK_ROWS + num_groups, dtype=jnp.int32)
+    group_B = jnp.searchsorted(block_end_G, block_B, side="right", method="compare_all")
+    group_B = jnp.minimum(group_B, num_groups - 1)
+    nth_B = block_B - (block_end_G - blocks_G)[group_B]
+    start_B = (row_end_G - group_sizes_G)[group_B] + nth_B * BLOCK_ROWS
+    used_B = jnp.clip(row_end_G[group_B] - start_B, 0, BLOCK_ROWS)
+    return group_B, start_B, used_B, block_end_G[-1]
+
+
+def _pad_rows(x_RK: jax.Array) -> jax.Array:
+    """One more block of zero rows, so that no block's slice is clamped at the end."""
+    return jnp.pad(x_RK, ((0, BLOCK_ROWS), (0, 0)))
+
+
+def _product(
+    lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *, rhs_dim: int
+) -> jax.Array:
+    """lhs times every row's matrix, contracting the matrices' dimension `rhs_dim` (0: K, 1: N)."""
+    num_rows = lhs_RK.shape[0]
+    group_B, start_B, _, num_blocks = _block_table(group_sizes_G, num_rows)
+    lhs_padded = _pad_rows(lhs_RK)
+
+    def body(b: jax.Array, out_RN: jax.Array) -> jax.Array:
+        # The last block of a group also writes rows of the next groups. Their own blocks come later
+        # and overwrite them: no mask is needed but the one at the very end.
+        product_MN = lax.dot_general(
+            lax.dynamic_slice_in_dim(lhs_padded, start_B[b], BLOCK_ROWS),
+            lax.dynamic_index_in_dim(rhs_GKN, group_B[b], keepdims=False),
+            (((1,), (rhs_dim,)), ((), ())),
+            preferred_element_type=accumulation_dtype(lhs_RK.dtype),
+        )
+        return lax.dynamic_update_slice_in_dim(
+            out_RN, product_MN.astype(lhs_RK.dtype), start_B[b], axis=0
+        )
+
+    width = rhs_GKN.shape[2 - rhs_dim]
+    out_RN = jnp.zeros((num_rows + BLOCK_ROWS, width), lhs_RK.dtype)
+    out_RN = lax.fori_loop(0, num_blocks, body, out_RN)[:num_rows]
+    total = jnp.sum(group_sizes_G, dtype=jnp.int32)
+    belongs_R1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None] < total
+    return jnp.where(belongs_R1, out_RN, 0)
+
+
+def _weight_gradient(lhs_RK: jax.Array, dout_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    """Sum over each group's rows of lhs[r]^T dout[r], block after block in row order; accumulation
+    dtype.
+    """
+    dtype = accumulation_dtype(lhs_RK.dtype)
+    group_B, start_B, used_B, num_blocks = _block_table(group_sizes_G, lhs_RK.shape[0])
+    lhs_padded, dout_padded = _pad_rows(lhs_RK), _pad_rows(dout_RN)
+    row_M1 = jnp.arange(BLOCK_ROWS, dtype=jnp.int32)[:, None]
+
+    def body(b: jax.Array, drhs_GKN: jax.Array) -> jax.Array:
+        def rows(x_RW: jax.Array) -> jax.Array:
+            x_MW = lax.dynamic_slice_in_dim(x_RW, start_B[b], BLOCK_ROWS)
+            return jnp.where(row_M1 < used_B[b], x_MW, 0)  # both operands: 0 * NaN is NaN
+
+        part_KN = lax.dot_general(
+            rows(lhs_padded),
+            rows(dout_padded),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=dtype,
+        )
+        sum_KN = lax.dynamic_index_in_dim(drhs_GKN, group_B[b], keepdims=False) + part_KN
+        return lax.dynamic_update_index_in_dim(drhs_GKN, sum_KN, group_B[b], axis=0)
+
+    shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
+    return lax.fori_loop(0, num_blocks, body, jnp.zeros(shape, dtype))
+
+
+@jax.custom_vjp
+def grouped_gemm(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    """The public operator, arguments already checked."""
+    return _product(lhs_RK, rhs_GKN, group_sizes_G, rhs_dim=0)
+
+
+def _forward(
+    lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G), (lhs_RK, rhs_GKN, group_sizes_G)
+
+
+def _backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], dout_RN: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    lhs_RK, rhs_GKN, group_sizes_G = residuals
+    dlhs_RK = _product(dout_RN, rhs_GKN, group_sizes_G, rhs_dim=1)
+    drhs_GKN = _weight_gradient(lhs_RK, dout_RN, group_sizes_G)
+    return dlhs_RK, drhs_GKN.astype(rhs_GKN.dtype), None
+
+
+grouped_gemm.defvjp(_forward, _backward)

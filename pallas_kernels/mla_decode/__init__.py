@@ -1,0 +1,65 @@
+"""Absorbed MLA attention of a few new tokens over a latent cache.
+
+B batch, T new tokens (1 to a few), S cache entries, H heads, U cache width (latent and rope), C
+latent width.
+"""
+
+import jax
+
+from pallas_kernels import _common
+from pallas_kernels.mla_decode import reference
+
+_IMPLEMENTATIONS = {"reference": reference.mla_decode}
+
+
+def mla_decode(
+    q_BTHU: jax.Array,
+    cache_BSU: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    scale: float,
+    value_dim: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(scale * q cache^T) cache[:, :, :value_dim]; softmax in float32 at least.
+
+    Query t of row b is the token at position lengths[b] - T + t and sees the cache entries up to
+    its own position, so the new tokens' entries are already in the cache. A query at a negative
+    position sees nothing and gives zeros.
+
+    Args:
+      q_BTHU: queries with the key up-projection folded in: latent part first, rope part last.
+      cache_BSU: normed, scaled latent and rotated rope key of every token; what lies past the
+        length is not used, NaN included.
+      lengths_B: integer number of valid entries per row, at most S.
+      scale: factor of the scores, before the softmax.
+      value_dim: width C of the latent, the first columns of the cache, which are the values.
+      implementation: None for the platform's best, or "reference".
+
+    Returns:
+      [B, T, H, value_dim] in the dtype of q; the value up-projection is the caller's.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the implementation is not available.
+    """
+    name = "mla_decode"
+    _common.require_rank(name, 4, q_BTHU=q_BTHU)
+    _common.require_rank(name, 3, cache_BSU=cache_BSU)
+    _common.require_rank(name, 1, lengths_B=lengths_B)
+    _common.require_float(name, q_BTHU=q_BTHU, cache_BSU=cache_BSU)
+    _common.require_integer(name, lengths_B=lengths_B)
+    _common.require(
+        q_BTHU.shape[0] == cache_BSU.shape[0] == lengths_B.shape[0],
+        f"{name}: batch is {q_BTHU.shape[0]} in q_BTHU, {cache_BSU.shape[0]} in cache_BSU, "
+        f"{lengths_B.shape[0]} in lengths_B",
+    )
+    _common.require(
+        q_BTHU.shape[3] == cache_BSU.shape[2],
+        f"{name}: queries are {q_BTHU.shape[3]} wide, cache entries {cache_BSU.shape[2]}",
+    )
+    _common.require(
+        0 < value_dim <= cache_BSU.shape[2],
+        f"{name}: value_dim is {value_dim}, expected 1 to {cache_BSU.shape[2]}",
+    )
+    run = _common.select(name, implementation, _IMPLEMENTATIONS)
+    return run(q_BTHU, cache_BSU, lengths_B, scale=scale, value_dim=value_dim)

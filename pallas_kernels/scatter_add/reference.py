@@ -1,0 +1,75 @@
+"""Scatter-add in plain jnp: stable sort by id, segmented prefix sum, one gather of every segment's
+last row.
+
+The prefix sum is a balanced tree, so its depth, cost and rounding don't depend on how the ids are
+spread.
+
+R rows, D width, N destinations.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels._common import accumulation_dtype
+
+
+def _segmented_add(
+    left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Associative operator of the segmented prefix sum; a set flag says that a segment starts in
+    the span.
+    """
+    left_flag, left_sum = left
+    right_flag, right_sum = right
+    total = jnp.where(right_flag, right_sum, left_sum + right_sum)
+    return left_flag | right_flag, total
+
+
+def _sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
+    dtype = accumulation_dtype(values_RD.dtype)
+    num_values = values_RD.shape[0]
+    if num_values == 0:
+        return jnp.zeros((num_rows, values_RD.shape[1]), dtype)
+    ids_R = ids_R.astype(jnp.int32)
+    keys_R = jnp.where((ids_R < 0) | (ids_R >= num_rows), num_rows, ids_R)
+    keys_R, order_R = lax.sort_key_val(
+        keys_R, jnp.arange(num_values, dtype=jnp.int32), is_stable=True
+    )
+    starts_R = jnp.concatenate([jnp.ones(1, bool), keys_R[1:] != keys_R[:-1]])
+    _, prefix_RD = lax.associative_scan(
+        _segmented_add, (starts_R[:, None], values_RD[order_R].astype(dtype))
+    )
+    # scan_unrolled: the default search is a loop of kernel launches on a GPU.
+    id_N = jnp.arange(num_rows, dtype=jnp.int32)
+    ends_N = jnp.searchsorted(keys_R, id_N, side="right", method="scan_unrolled")
+    last_N = jnp.maximum(ends_N - 1, 0)
+    present_N = (ends_N > 0) & (keys_R[last_N] == id_N)
+    return jnp.where(present_N[:, None], prefix_RD[last_N], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scatter_add(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
+    """The public operator, arguments already checked."""
+    return _sum_by_id(values_RD, ids_R, num_rows)
+
+
+def _forward(
+    values_RD: jax.Array, ids_R: jax.Array, num_rows: int
+) -> tuple[jax.Array, tuple[jax.Array, np.ndarray]]:
+    return _sum_by_id(values_RD, ids_R, num_rows), (ids_R, np.empty(0, values_RD.dtype))
+
+
+def _backward(
+    num_rows: int, residuals: tuple[jax.Array, np.ndarray], dout_ND: jax.Array
+) -> tuple[jax.Array, None]:
+    ids_R, like_values = residuals
+    ids_R = jnp.where(ids_R < 0, num_rows, ids_R)  # a negative index would count from the end
+    dvalues_RD = dout_ND.at[ids_R].get(mode="fill", fill_value=0)
+    return dvalues_RD.astype(like_values.dtype), None
+
+
+scatter_add.defvjp(_forward, _backward)

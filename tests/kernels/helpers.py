@@ -1,0 +1,64 @@
+"""What the kernel tests share: values of many magnitudes, and a search for floating scatters."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def values_of_many_magnitudes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Normal numbers times powers of two, 24 binary orders.
+
+    Sums of plain normal numbers are often exact in float32: every order gives the same bits.
+    """
+    return rng.standard_normal(shape) * 2.0 ** rng.integers(-12, 12, shape)
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of the expected array, in float64."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-300))
+
+
+def same_bits(first: Any, second: Any) -> bool:
+    """Whether all leaves are equal, byte by byte."""
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in equation.params.values():
+            for leaf in jax.tree.leaves(parameter, is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(leaf, "jaxpr", leaf)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def float_scatters(function: Callable[..., Any], *args: Any) -> list[str]:
+    """Every scatter of floating-point numbers in the traced and in the compiled function."""
+    traced = jax.jit(function).trace(*args)
+    found = [
+        str(equation.primitive)
+        for equation in _equations(traced.jaxpr.jaxpr)
+        if equation.primitive.name.startswith("scatter")
+        and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+    ]
+    lines = traced.lower().compile().as_text().splitlines()
+    return found + [line for line in lines if " scatter(" in line and "= s32" not in line]
+
+
+@contextlib.contextmanager
+def strict_types() -> Iterator[None]:
+    """float64 enabled, no implicit promotion of dtypes or ranks."""
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        yield

@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_gemm
+from tests.kernels import helpers
+
+ROWS, CONTRACT, WIDTH = 200, 24, 40
+SIZES = {
+    "even": [50, 60, 40, 50],
+    "empty": [0, 130, 0, 70],
+    "one row": [1, 0, 198, 1],
+    "one group": [0, 0, 200, 0],
+    "single": [200],
+    "sum below rows": [3, 64, 0, 65],
+    "no rows": [0, 0, 0],
+}
+TOLERANCE = {"bfloat16": 4e-3, "float32": 1e-6, "float64": 1e-14}
+
+
+def operands(sizes, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    lhs = helpers.values_of_many_magnitudes(rng, ROWS, CONTRACT)
+    rhs = helpers.values_of_many_magnitudes(rng, len(sizes), CONTRACT, WIDTH)
+    dout = helpers.values_of_many_magnitudes(rng, ROWS, WIDTH)
+    return tuple(jnp.asarray(x, dtype) for x in (lhs, rhs, dout))
+
+
+def naive(lhs, rhs, dout, sizes):
+    """Value and both gradients, float64."""
+    lhs, rhs, dout = (np.asarray(x, np.float64) for x in (lhs, rhs, dout))
+    out = np.zeros((ROWS, WIDTH))
+    dlhs, drhs = np.zeros_like(lhs), np.zeros_like(rhs)
+    start = 0
+    for g, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        out[rows] = lhs[rows] @ rhs[g]
+        dlhs[rows] = dout[rows] @ rhs[g].T
+        drhs[g] = lhs[rows].T @ dout[rows]
+        start += size
+    return out, dlhs, drhs
+
+
+@jax.jit
+def value_and_gradients(lhs, rhs, sizes, dout):
+    out, vjp = jax.vjp(lambda lhs, rhs: grouped_gemm(lhs, rhs, sizes), lhs, rhs)
+    return out, *vjp(dout)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_equals_naive(name, dtype):
+    sizes = SIZES[name]
+    with helpers.strict_types():
+        lhs, rhs, dout = operands(sizes, dtype)
+        actual = value_and_gradients(lhs, rhs, jnp.asarray(sizes, jnp.int32), dout)
+        for got, want in zip(actual, naive(lhs, rhs, dout, sizes), strict=True):
+            assert got.dtype == dtype
+            assert helpers.relative_error(got, want) <= TOLERANCE[dtype]
+
+
+def test_rows_past_the_sum_may_hold_nan():
+    sizes = SIZES["sum below rows"]
+    lhs, rhs, dout = operands(sizes, "float32")
+    used = sum(sizes)
+    lhs, dout = lhs.at[used:].set(jnp.nan), dout.at[used:].set(jnp.nan)
+    out, dlhs, drhs = value_and_gradients(lhs, rhs, jnp.asarray(sizes), dout)
+    assert not np.any(out[used:]) and not np.any(dlhs[used:])
+    assert np.all(np.isfinite(out)) and np.all(np.isfinite(dlhs)) and np.all(np.isfinite(drhs))
+    assert not np.any(drhs[2]) and np.any(drhs[0])
+
+
+def test_two_runs_give_the_same_bits():
+    sizes = jnp.asarray(SIZES["even"])
+    lhs, rhs, dout = operands(SIZES["even"], "float32")
+    first = value_and_gradients(lhs, rhs, sizes, dout)
+    assert helpers.same_bits(first, value_and_gradients(lhs, rhs, sizes, dout))
+
+
+def test_no_float_scatter():
+    lhs, rhs, dout = operands(SIZES["even"], "float32")
+    sizes = jnp.asarray(SIZES["even"])
+    assert not helpers.float_scatters(value_and_gradients, lhs, rhs, sizes, dout)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lhs=jnp.zeros((5, 7))), "7 wide"),
+        (dict(lhs=jnp.zeros(5)), "expected 2 dimensions"),
+        (dict(rhs=jnp.zeros((2, 3, 4), jnp.bfloat16)), "dtypes differ"),
+        (dict(sizes=jnp.zeros(2)), "expected an integer dtype"),
+        (dict(sizes=jnp.zeros(3, jnp.int32)), "2 groups, group_sizes_G 3"),
+        (dict(implementation="cuda"), "choose None or one of 'reference'"),
+    ],
+)
+def test_refuses(change, message):
+    args = dict(lhs=jnp.zeros((5, 3)), rhs=jnp.zeros((2, 3, 4)), sizes=jnp.zeros(2, jnp.int32))
+    args |= dict(implementation=None) | change
+    with pytest.raises(ValueError, match=message):
+        grouped_gemm(args["lhs"], args["rhs"], args["sizes"], implementation=args["implementation"])
