@@ -1,0 +1,215 @@
+"""Batches for training and evaluation: records packed, shuffled, repeated, mixed by weight, made ahead (grain).
+
+Row n of a source is a function of seed and n, and the iterator's whole state a few counters. So it is saved with each
+checkpoint and restored exactly wherever it stands, in the middle of an epoch or a stage, by any number of processes.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
+
+from longcat_jax.config import Config, ConfigError, StageConfig
+from longcat_jax.data.packing import PackedRows, pack_all, to_batch
+from longcat_jax.data.records import TOKENIZER, DataError, TokenDocuments
+from longcat_jax.data.sources import resolve_sources
+from longcat_jax.data.tokenizer import load_tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+def _source_seed(seed: int, name: str) -> int:
+    """A 32-bit seed of its own for each source."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4])
+
+
+class _Stream:
+    """A source's rows, endless: every epoch is cut at other places and comes in another order."""
+
+    def __init__(self, documents: TokenDocuments, *, seed: int, length: int) -> None:
+        self._packed = PackedRows(documents, documents.lengths, length=length)
+        self._seed, self._length = seed, length
+
+    def row(self, number: int) -> np.ndarray:
+        """The row that training reads as its `number`-th from this source."""
+        rows = self._packed.full_rows
+        epoch, index = divmod(number, rows)
+        seed = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
+        if rows > 1:
+            index = index_shuffle(index, max_index=rows - 1, seed=seed, rounds=4)
+        return self._packed.row(index, phase=seed % (self._length - 1))
+
+
+class Mixture:
+    """Which source each row comes from: always the one furthest behind its weight since the stage began.
+
+    Rows are counted over the global batch, so that a batch keeps the proportions with any number of processes.
+    """
+
+    def __init__(self, sources: Sequence[str], stages: Sequence[StageConfig]) -> None:
+        self._sources = tuple(sources)
+        self._stages = tuple(stages) or (StageConfig(0, dict.fromkeys(sources, 1.0)),)
+        self.drawn = dict.fromkeys(self._sources, 0)
+
+    def choose(self, step: int, rows: int) -> list[str]:
+        """The sources of the `rows` rows of optimizer step `step`; steps are asked for in order."""
+        stage = max((s for s in self._stages if s.from_step <= step), key=lambda s: s.from_step)
+        if stage.from_step == step:
+            self.drawn = dict.fromkeys(self._sources, 0)
+        total = sum(stage.weights.values())
+        weights = {name: stage.weights.get(name, 0.0) / total for name in self._sources}
+        chosen = []
+        for row in range(sum(self.drawn.values()) + 1, sum(self.drawn.values()) + 1 + rows):
+            usable = [name for name in self._sources if weights[name] > 0]
+            name = max(usable, key=lambda name: weights[name] * row - self.drawn[name])
+            self.drawn[name] += 1
+            chosen.append(name)
+        return chosen
+
+
+class _Batches(grain.IterDataset):
+    """Endless batches: rows `part` of each global batch."""
+
+    def __init__(self, streams: Mapping[str, _Stream], config: Config, *, part: slice) -> None:
+        super().__init__()
+        self.streams, self.config, self.part = streams, config, part
+
+    def __iter__(self) -> "_BatchIterator":
+        return _BatchIterator(self)
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Its state holds for all processes and any number of them: it counts rows of the global batch."""
+
+    def __init__(self, batches: _Batches) -> None:
+        super().__init__()
+        self._batches = batches
+        self._step = 0
+        self._mixture = Mixture(list(batches.streams), batches.config.data.stages)
+        self._taken = dict.fromkeys(batches.streams, 0)
+
+    def __next__(self) -> Batch:
+        rows = []
+        for name in self._mixture.choose(self._step, self._batches.config.train.global_batch):
+            rows.append((name, self._taken[name]))
+            self._taken[name] += 1
+        self._step += 1
+        return to_batch(
+            [self._batches.streams[name].row(n) for name, n in rows[self._batches.part]]
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._step, "drawn": dict(self._mixture.drawn), "taken": dict(self._taken)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if set(state["taken"]) != set(self._taken):
+            saved, now = ", ".join(sorted(state["taken"])), ", ".join(sorted(self._taken))
+            raise DataError(
+                f"data.sources: the saved data iterator read {saved}, the config names {now}"
+            )
+        self._step = state["step"]
+        self._mixture.drawn = dict(state["drawn"])
+        self._taken = dict(state["taken"])
+
+
+def _part(config: Config, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that a process reads."""
+    rows, left = divmod(config.train.global_batch, process_count)
+    if left:
+        raise ConfigError(
+            f"train.global_batch={config.train.global_batch}: must be divisible by the number of processes, {process_count}"
+        )
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def open_train(
+    config: Config, directory: str | Path, *, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless training batches of this process, `data.prefetch` of them made ahead by a thread.
+
+    A batch holds `tokens`, `segment_ids` and `positions`, int32 [global_batch / process_count, sequence_length + 1].
+    Batch i depends on the config, the data and i alone. `get_state()` gives a JSON-able dict that stands for the
+    batches handed out so far; after `set_state` of it the same batches follow, bit for bit. `close()` ends the thread.
+
+    Args:
+      config: `data`, `train`, `model` and `seed` are used.
+      directory: where the default corpus and tokenizer.json are kept; made on first use by process 0.
+      process_index: of this process.
+      process_count: of all.
+
+    Raises:
+      ConfigError, DataError: one line; DataError also from the iterator, where a record turns out to be damaged.
+    """
+    part = _part(config, process_index, process_count)
+    paths = resolve_sources(config, Path(directory), process_index=process_index)
+    streams = {}
+    for name, path in paths.items():
+        documents = TokenDocuments(path, "train")
+        seed = _source_seed(config.seed, name)
+        streams[name] = _Stream(documents, seed=seed, length=config.train.sequence_length + 1)
+    batches = _Batches(streams, config, part=part)
+    return iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch))
+
+
+class _Chain:
+    """Documents of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[TokenDocuments]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.lengths = np.concatenate([part.lengths for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]
+
+
+def _validation_documents(config: Config, directory: Path, process_index: int) -> _Chain:
+    paths = resolve_sources(config, directory, process_index=process_index)
+    documents = _Chain(
+        [TokenDocuments(path, "validation") for path in dict.fromkeys(paths.values())]
+    )
+    if not len(documents):
+        raise DataError(
+            f"data.sources: no validation documents in {', '.join(map(str, paths.values()))}"
+        )
+    return documents
+
+
+def open_validation(
+    config: Config, directory: str | Path, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """The validation batches in fixed order, shaped as training's; the last one is filled up with segment 0.
+
+    Every token of every validation document but its first is a target once. All sources' validation documents are
+    read, the first `train.eval_batches` batches of them if that is > 0.
+
+    Raises:
+      ConfigError, DataError: as `open_train`; no validation documents.
+    """
+    part = _part(config, process_index, process_count)
+    documents = _validation_documents(config, Path(directory), process_index)
+    packed = PackedRows(documents, documents.lengths, length=config.train.sequence_length + 1)
+    for number, batch in enumerate(pack_all(packed, rows=config.train.global_batch), 1):
+        yield {key: value[part] for key, value in batch.items()}
+        if number == config.train.eval_batches:
+            return
+
+
+def validation_text(config: Config, directory: str | Path) -> bytes:
+    """Text of all validation documents, one after the other, for baselines that work on bytes."""
+    documents = _validation_documents(config, Path(directory), 0)
+    tokenizer = load_tokenizer(Path(directory) / TOKENIZER)
+    return "".join(tokenizer.decode(documents[i]) for i in range(len(documents))).encode()
+
+
+def token_bytes(directory: str | Path) -> np.ndarray:
+    """int32 [entries of DIR/tokenizer.json]: bytes of text behind every id, 0 for special ones."""
+    return load_tokenizer(Path(directory) / TOKENIZER).token_bytes()
