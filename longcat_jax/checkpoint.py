@@ -1,0 +1,202 @@
+"""Checkpoints with Orbax: what a run saves at a step, and how anything opens it again.
+
+A directory of checkpoints, `WORKDIR/checkpoints/STEP/`, holds as separate items `params`,
+`optimizer` (training only), `data` (the iterator's state) and `config` (the job, as
+config.to_mapping). The step's folder appears by one rename when everything in it is written, so a
+kill or a full disk leaves the earlier ones as they were. `WORKDIR/tokenizer.json` stands beside.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from longcat_jax.config import Config, TrainConfig, from_mapping
+from longcat_jax.model.longcat import Model, init
+from longcat_jax.parameters import unbox
+from longcat_jax.sharding import Mesh, make_mesh, parameter_shardings
+
+FOLDER = "checkpoints"
+TOKENIZER = "tokenizer.json"
+ITEMS = ("params", "optimizer", "data", "config")
+METRIC = "eval/loss"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message is one line meant for the user."""
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the tracebacks that storage layers put into their messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: asynchronous saves, the last n and the best m kept."""
+
+    def __init__(self, workdir: Path, keep: TrainConfig | None = None) -> None:
+        """`keep` says how many are kept; None opens the directory for reading."""
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = Path(workdir).absolute() / FOLDER
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if keep is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            policies = [checkpoint_managers.LatestN(keep.keep_last)]
+            if keep.keep_best:
+                best = checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: -metrics[METRIC],
+                    n=keep.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+                policies.append(best)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+
+    def steps(self) -> list[int]:
+        """Steps that have a finished checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        *,
+        params: Any,
+        optimizer: Any,
+        data: Mapping[str, Any],
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float] | None,
+    ) -> None:
+        """Starts writing a checkpoint and returns once the arrays may be overwritten.
+
+        `metrics` holds METRIC where the step was evaluated. Raises CheckpointError if the save
+        before this one, or the start of this one, failed.
+        """
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            data=ocp.args.JsonSave(dict(data)),
+            config=ocp.args.JsonSave(dict(config)),
+        )
+        try:
+            self._manager.wait_until_finished()
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def wait(self) -> None:
+        """Returns when the last save stands on disk; raises CheckpointError if it doesn't."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def close(self) -> None:
+        """Waits and lets go of threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, step: int, **items: Any) -> dict[str, Any]:
+        """Reads the named items of a step.
+
+        Args:
+          step: one of `steps()`.
+          **items: item name -> abstract tree of arrays with shardings, or None for JSON items.
+
+        Raises:
+          CheckpointError: damaged or of another shape.
+        """
+        wanted = {
+            name: ocp.args.JsonRestore() if tree is None else ocp.args.StandardRestore(tree)
+            for name, tree in items.items()
+        }
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
+        except Exception as error:
+            raise self._read_error(step, error) from error
+        missing = [name for name in items if found.get(name) is None]
+        if missing:
+            raise self._read_error(step, ValueError(f"{', '.join(missing)}: missing"))
+        return dict(found.items())
+
+    def _write_error(self, error: BaseException) -> CheckpointError:
+        intact = ", ".join(map(str, self.steps())) or "none"
+        return CheckpointError(
+            f"{self.directory}: a checkpoint could not be written ({_first_line(error)}); "
+            f"intact: {intact}"
+        )
+
+    def _read_error(self, step: int, error: BaseException) -> CheckpointError:
+        others = [other for other in self.steps() if other != step]
+        hint = f"; remove it to go on from step {others[-1]}" if others else ""
+        return CheckpointError(
+            f"{self.directory / str(step)}: cannot be read ({_first_line(error)}){hint}"
+        )
+
+
+def locate(path: str | Path) -> tuple[Path, int]:
+    """(workdir, step) of a workdir (its last checkpoint) or of `WORKDIR/checkpoints/STEP`.
+
+    Raises:
+      CheckpointError: nothing there.
+    """
+    path = Path(path).absolute()
+    if path.name.isdigit() and path.parent.name == FOLDER:
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        return path.parent.parent, int(path.name)
+    workdir = path.parent if path.name == FOLDER else path
+    if not (workdir / FOLDER).is_dir():
+        raise CheckpointError(f"{path}: no checkpoints here (looked for {workdir / FOLDER})")
+    steps = Checkpoints(workdir).steps()
+    if not steps:
+        raise CheckpointError(f"{workdir / FOLDER}: holds no finished checkpoint")
+    return workdir, steps[-1]
+
+
+def saved_config(path: str | Path) -> Config:
+    """The job that a checkpoint belongs to."""
+    workdir, step = locate(path)
+    return from_mapping(Checkpoints(workdir).restore(step, config=None)["config"])
+
+
+def load(path: str | Path, *, mesh: Mesh | None = None) -> Model:
+    """Opens a checkpoint for use, parameters in their stored dtype.
+
+    Args:
+      path: a workdir (last checkpoint) or `WORKDIR/checkpoints/STEP`.
+      mesh: where the parameters go; None: the first device.
+
+    Raises:
+      CheckpointError: nothing there, or damaged.
+    """
+    workdir, step = locate(path)
+    checkpoints = Checkpoints(workdir)
+    config = from_mapping(checkpoints.restore(step, config=None)["config"])
+    boxed = jax.eval_shape(lambda key: init(config.model, key), jax.random.key(0))
+    mesh = mesh or make_mesh(config.mesh.__class__(), jax.devices()[:1])
+    abstract = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        unbox(boxed),
+        parameter_shardings(boxed, mesh),
+    )
+    params = checkpoints.restore(step, params=abstract)["params"]
+    tokenizer = workdir / TOKENIZER
+    return Model(config.model, params, tokenizer if tokenizer.is_file() else None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` as a whole: a kill leaves the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

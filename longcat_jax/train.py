@@ -1,0 +1,389 @@
+"""The training loop: data in, steps, log, evaluations, checkpoints; resumes what the workdir holds.
+
+Order inside a step: next batch, jitted step, then, where due, log (the only place that waits for
+the device), evaluation, checkpoint. Per-step metrics stay on the device until the next log. A
+checkpoint is written only after the log has seen that every loss before it is finite.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from longcat_jax import data, workdir
+from longcat_jax.checkpoint import METRIC, TOKENIZER, Checkpoints, load, locate
+from longcat_jax.config import Config, ConfigError, differences, to_mapping
+from longcat_jax.metrics import (
+    METRICS_FILE,
+    MetricsWriter,
+    console_line,
+    evaluation_line,
+    read_metrics,
+)
+from longcat_jax.model import count
+from longcat_jax.optim import schedules
+from longcat_jax.sharding import Mesh, batch_sharding, make_mesh
+from longcat_jax.train_step import (
+    TrainState,
+    abstract_state,
+    compile_train_step,
+    evaluation_step,
+    init_state,
+    router_watch,
+    state_from_params,
+)
+
+PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
+"""bf16 FLOP/s of one device, by the start of its name; MFU is shown where it is known."""
+LOSS_WINDOW = 100
+
+
+class TrainingStopped(ValueError):
+    """Training that must not go on (a loss that is not finite or rose too far)."""
+
+
+@dataclasses.dataclass
+class _Progress:
+    """Times of the log interval that is open."""
+
+    started: float
+    steps: int = 0
+    waited: float = 0.0
+    """Seconds the host waited for input."""
+    paused: float = 0.0
+    """Seconds of evaluations and of starting checkpoints, which are not steps."""
+
+
+class Trainer:
+    """One process' run of a job; `train` is the way in."""
+
+    def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
+        self.config, self.directory, self.mesh = config, directory, mesh
+        self.iterator = data.open_train(config, directory / workdir.DATA)
+        workdir.keep_tokenizer(directory)
+        self.token_bytes = _padded(
+            data.token_bytes(directory / workdir.DATA), config.model.vocab_size
+        )
+        self.checkpoints = Checkpoints(directory, config.train)
+        self.writer = MetricsWriter(directory)
+        self.state, self.step = self._start()
+        self.recent = deque(_losses_so_far(directory, self.step), maxlen=LOSS_WINDOW)
+        self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self.run_step = self._compile()
+        self.evaluate_batch = jax.jit(
+            lambda params, batch, sizes: evaluation_step(params, batch, sizes, config=config)
+        )
+        self.watch = jax.jit(lambda params, batch: router_watch(params, batch, config=config))
+        self.rate = schedules.learning_rate(config.optim, config.train.steps)
+        self.gain = schedules.pid_gain(config.optim, config.train.steps)
+        self.flops_per_token = count.training_flops_per_token(
+            config.model, config.train.sequence_length
+        )
+
+    def _start(self) -> tuple[TrainState, int]:
+        """The state of the last checkpoint, or a new one; metrics and data are set to its step."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            self.writer.truncate_after(0)
+            return _new_state(self.config, self.mesh), 0
+        step, wanted = steps[-1], abstract_state(self.config, self.mesh)
+        found = self.checkpoints.restore(
+            step,
+            params=wanted.params,
+            optimizer={"step": wanted.step, "state": wanted.opt_state},
+            data=None,
+        )
+        self.iterator.set_state(found["data"])
+        self.writer.truncate_after(step)
+        optimizer = found["optimizer"]
+        print(f"resuming from step {step}", flush=True)
+        return TrainState(optimizer["step"], found["params"], optimizer["state"]), step
+
+    def _compile(self) -> Callable:
+        """The step, compiled before the clock of the first interval runs."""
+        started, train = time.perf_counter(), self.config.train
+        shape = (train.global_batch, train.sequence_length + 1)
+        row = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(self.mesh))
+        batch = dict.fromkeys(("tokens", "segment_ids", "positions"), row)
+        step = compile_train_step(self.config, self.mesh)
+        compiled = step.lower(self.state, batch, self.token_bytes).compile()
+        print(f"step compiled in {time.perf_counter() - started:.1f} s", flush=True)
+        return compiled
+
+    def loop(self, *, stop_asked: Callable[[], bool], profile: tuple[int, int] | None) -> None:
+        """Runs to train.steps, or to the step at which `stop_asked` says so."""
+        settings = self.config.train
+        progress = _Progress(time.perf_counter())
+        with contextlib.ExitStack() as tracing:
+            while self.step < settings.steps:
+                if profile and self.step == profile[0]:
+                    tracing.enter_context(_trace(self.directory / "profile"))
+                self._one_step(progress)
+                if profile and self.step == profile[1]:
+                    jax.block_until_ready(self.state)
+                    tracing.close()
+                last = self.step == settings.steps or stop_asked()
+                if last or self.step % settings.log_every == 0 or self._pauses():
+                    self._log(progress)
+                    progress = _Progress(time.perf_counter())
+                if self._pauses() or last:
+                    self._pause(last=last)
+                    progress = _Progress(time.perf_counter())
+                if last:
+                    break
+
+    def _one_step(self, progress: _Progress) -> None:
+        before = time.perf_counter()
+        batch = next(self.iterator)
+        progress.waited += time.perf_counter() - before
+        self.state, metrics = self.run_step(self.state, self._on_mesh(batch), self.token_bytes)
+        self.step += 1
+        progress.steps += 1
+        self.pending.append((self.step, metrics))
+
+    def _pauses(self) -> bool:
+        settings = self.config.train
+        return self.step % settings.eval_every == 0 or self.step % settings.checkpoint_every == 0
+
+    def _pause(self, *, last: bool) -> None:
+        """Evaluation and checkpoint, where due after this step."""
+        settings, results = self.config.train, None
+        if self.step % settings.eval_every == 0 or self.step == settings.steps:
+            results = self._evaluate()
+        if self.step % settings.checkpoint_every == 0 or last:
+            self._save(results)
+
+    def _on_mesh(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return jax.device_put(dict(batch), batch_sharding(self.mesh))
+
+    def _log(self, progress: _Progress) -> None:
+        """Writes the pending steps' metrics, prints the last one's, and stops on a bad loss."""
+        fetched = jax.device_get(self.pending)
+        seconds = time.perf_counter() - progress.started
+        tokens = self.config.train.global_batch * self.config.train.sequence_length
+        rate = tokens * progress.steps / seconds
+        shared = {
+            "tokens_per_second": rate,
+            "step_seconds": seconds / progress.steps,
+            "input_wait": progress.waited / seconds,
+            "tflops": rate * self.flops_per_token / 1e12,
+        }
+        peak = _peak_flops(self.mesh)
+        if peak:
+            shared["mfu"] = rate * self.flops_per_token / peak
+        for step, metrics in fetched:
+            schedule = {
+                "learning_rate": float(self.rate(step - 1)),
+                "pid_mu": float(self.gain(step - 1)),
+            }
+            values = {name: float(value) for name, value in metrics.items()}
+            line = {**values, **schedule, **shared}
+            self.writer.write(step, line)
+        self.writer.flush()
+        self.pending.clear()
+        left = (self.config.train.steps - self.step) * shared["step_seconds"]
+        line = {"step": self.step, **line}
+        total = self.config.train.steps
+        print(console_line(line, total_steps=total, eta_seconds=left), flush=True)
+        for step, metrics in fetched:
+            self._check(step, float(metrics["loss"]), float(metrics["grad_norm"]))
+
+    def _check(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raises TrainingStopped on a loss or gradient that is not finite, or a loss spike."""
+        saved = self.checkpoints.steps()
+        kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingStopped(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; {kept}"
+            )
+        rise = self.config.train.max_loss_rise
+        if len(self.recent) == LOSS_WINDOW and loss > statistics.median(self.recent) + rise:
+            usual = statistics.median(self.recent)
+            raise TrainingStopped(
+                f"step {step}: loss {loss:.3f} is more than train.max_loss_rise={rise} above the "
+                f"last {LOSS_WINDOW} steps' median {usual:.3f}; {kept}"
+            )
+        self.recent.append(loss)
+
+    def _evaluate(self) -> dict[str, float]:
+        results, load, histogram = evaluate(
+            self.state.params,
+            self.config,
+            map(self._on_mesh, self._validation()),
+            token_bytes=self.token_bytes,
+            evaluate_batch=self.evaluate_batch,
+        )
+        first = self._on_mesh(next(iter(self._validation())))
+        watched = jax.device_get(self.watch(self.state.params, first))
+        self.writer.write(self.step, {**results, **watched})
+        self.writer.write_expert_load(self.step, load_LE=load, real_experts_histogram=histogram)
+        self.writer.flush()
+        line = {"step": self.step, **results}
+        print(evaluation_line(line, total_steps=self.config.train.steps), flush=True)
+        return results
+
+    def _validation(self) -> Iterator[Mapping[str, np.ndarray]]:
+        return iter(data.open_validation(self.config, self.directory / workdir.DATA))
+
+    def _save(self, results: Mapping[str, float] | None) -> None:
+        self.checkpoints.save(
+            self.step,
+            params=self.state.params,
+            optimizer={"step": self.state.step, "state": self.state.opt_state},
+            data=self.iterator.get_state(),
+            config=to_mapping(self.config),
+            metrics={METRIC: results[METRIC]} if results else None,
+        )
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and ends threads."""
+        self.iterator.close()
+        self.writer.close()
+        self.checkpoints.close()
+
+
+def evaluate(
+    params: Any,
+    config: Config,
+    batches: Iterator[Mapping[str, jax.Array]],
+    *,
+    token_bytes: np.ndarray,
+    evaluate_batch: Callable,
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Validation loss and bits per byte, expert loads [L, E] and real-expert histogram [K + 1].
+
+    Loads and histogram are shares. Sums over batches are taken in float64 on the host.
+    """
+    sums = None
+    for batch in batches:
+        found = jax.device_get(evaluate_batch(params, batch, token_bytes))
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        sums = found if sums is None else jax.tree.map(np.add, sums, found)
+    load_LE = sums.load_LE / sums.load_LE.sum(-1, keepdims=True)
+    histogram = sums.real_histogram / sums.real_histogram.sum()
+    results = {
+        METRIC: float(sums.nats / sums.targets),
+        "eval/bits_per_byte": float(sums.nats / math.log(2) / max(sums.text_bytes, 1)),
+        "eval/experts_per_token": float((histogram * np.arange(len(histogram))).sum()),
+    }
+    return results, load_LE, histogram
+
+
+def _padded(sizes: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Token sizes for the model's whole vocabulary; ids without a token stand for no text."""
+    return np.pad(sizes, (0, vocab_size - len(sizes))).astype(np.int32)
+
+
+def _new_state(config: Config, mesh: Mesh) -> TrainState:
+    if not config.init_from:
+        return init_state(config, mesh)
+    model = load(config.init_from, mesh=mesh)
+    changed = differences(to_mapping(model.config), to_mapping(config.model), "model")
+    if changed:
+        raise ConfigError(f"init_from={config.init_from!r}: another model ({'; '.join(changed)})")
+    return state_from_params(config, mesh, model.params)
+
+
+def _with_tokenizer(config: Config) -> Config:
+    """A job that starts from a checkpoint reads text with that checkpoint's tokenizer."""
+    if not config.init_from or config.data.tokenizer:
+        return config
+    tokenizer = locate(config.init_from)[0] / TOKENIZER
+    if not tokenizer.is_file():
+        return config
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer))
+    )
+
+
+def _losses_so_far(directory: Path, step: int) -> list[float]:
+    """Losses before a resumed step, so that a spike is judged as if uninterrupted."""
+    if step == 0 or not (directory / METRICS_FILE).exists():
+        return []
+    return [line["loss"] for line in read_metrics(directory) if line.get("loss") is not None]
+
+
+def _peak_flops(mesh: Mesh) -> float:
+    """bf16 FLOP/s of the whole mesh, 0 where the device is not in the table."""
+    kind = mesh.devices.flat[0].device_kind
+    return sum(peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)) * mesh.size
+
+
+@contextlib.contextmanager
+def _trace(directory: Path) -> Iterator[None]:
+    with jax.profiler.trace(str(directory)):
+        yield
+    print(f"profile written to {directory}", flush=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGTERM or SIGINT into a wish to stop; the second one kills as usual."""
+    asked = []
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        asked.append(number)
+        name = signal.Signals(number).name
+        print(f"{name}: saving after this step; once more to stop at once", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def describe(config: Config, mesh: Mesh) -> str:
+    """The job in two lines."""
+    model, train = config.model, config.train
+    total = count.total_parameters(model) + count.mtp_parameters(model)
+    active = count.active_parameters(model, model.moe_topk_real)
+    sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0].device_kind
+    return (
+        f"{total / 1e6:.2f} M parameters with the MTP head, {active / 1e6:.2f} M active per token; "
+        f"{model.n_routed_experts} real + {model.zero_expert_num} identity experts\n"
+        f"{train.steps} steps of {train.global_batch} x {train.sequence_length} tokens on "
+        f"{mesh.size} x {device} {sizes}".rstrip()
+    )
+
+
+def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = None) -> None:
+    """Trains `config` in `directory` to its last step, going on from what is there.
+
+    Args:
+      config: the job.
+      directory: the workdir; made if missing.
+      profile: (start, stop) steps between which a trace is written to `directory`/profile.
+
+    Raises:
+      ConfigError: the workdir holds another job, or the mesh doesn't fit the devices.
+      DataError: data that cannot be read.
+      CheckpointError: a checkpoint that cannot be read or written.
+      TrainingStopped: a loss that is not finite, or a spike.
+    """
+    config = _with_tokenizer(config)
+    mesh = make_mesh(config.mesh)
+    workdir.claim(directory, config)
+    print(describe(config, mesh), flush=True)
+    with jax.set_mesh(mesh), _signals() as stop_asked:
+        trainer = Trainer(config, directory, mesh)
+        if trainer.step == config.train.steps:
+            print(f"{directory}: already trained to step {trainer.step}", flush=True)
+        try:
+            trainer.loop(stop_asked=stop_asked, profile=profile)
+        finally:
+            trainer.close()
+    print(f"step {trainer.step}: saved in {trainer.checkpoints.directory}", flush=True)
