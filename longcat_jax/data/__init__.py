@@ -1,4 +1,4 @@
-"""Data: the default corpus, own text, tokenizer, packing, mixing; the only part that knows grain and tokenizers."""
+"""Data: default corpus, own text, tokenizer, packing, mixing. Only this part knows grain."""
 
 from longcat_jax.data.packing import target_pairs
 from longcat_jax.data.pipeline import open_train, open_validation, token_bytes, validation_text

@@ -1,38 +1,46 @@
 """Is a distribution's license permissive? Decided from its metadata alone.
 
-Order of trust, as packaging metadata grew: `License-Expression` (SPDX, PEP 639), then the license classifiers, then
-the free-text `License` field. Anything that isn't recognised counts as not permissive.
+Order of trust, as packaging metadata grew: `License-Expression` (SPDX, PEP 639), then the license
+classifiers, then the free-text `License` field. Anything that isn't recognised counts as not
+permissive.
 """
 
 import re
 from email.message import Message
 
 PERMISSIVE_IDS = frozenset(
-    identifier.lower()
-    for identifier in (
-        "0BSD", "Apache-2.0", "BlueOak-1.0.0", "BSD-1-Clause", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0",
-        "HPND", "ISC", "MIT", "MIT-0", "MIT-CMU", "NCSA", "PSF-2.0", "Python-2.0", "Python-2.0.1", "Unlicense", "Zlib",
-    )
-)  # fmt: skip
+    (
+        "0bsd apache-2.0 blueoak-1.0.0 bsd-1-clause bsd-2-clause bsd-3-clause bsl-1.0 cc0-1.0 hpnd "
+        "isc "
+        "mit mit-0 mit-cmu ncsa psf-2.0 python-2.0 python-2.0.1 unlicense zlib"
+    ).split()
+)
 PERMISSIVE_CLASSIFIERS = frozenset(
     f"License :: OSI Approved :: {name}"
     for name in (
-        "Apache Software License", "BSD License", "ISC License (ISCL)", "MIT License", "MIT No Attribution License (MIT-0)",
-        "Python Software Foundation License", "The Unlicense (Unlicense)", "zlib/libpng License",
-        "Historical Permission Notice and Disclaimer (HPND)", "Boost Software License 1.0 (BSL-1.0)",
+        "Apache Software License",
+        "BSD License",
+        "Boost Software License 1.0 (BSL-1.0)",
+        "Historical Permission Notice and Disclaimer (HPND)",
+        "ISC License (ISCL)",
+        "MIT License",
+        "MIT No Attribution License (MIT-0)",
+        "Python Software Foundation License",
+        "The Unlicense (Unlicense)",
+        "zlib/libpng License",
     )
-)  # fmt: skip
+)
 # Whole first line of the free-text field, lower case, "the" and "license" taken out.
 _FREE_TEXT = re.compile(
-    r"(mit|mit-0|isc|bsd|0bsd|new bsd|modified bsd|simplified bsd|bsd[- ][23][- ]clause|[23][- ]clause bsd"
-    r"|apache|apache software|apache[- ]?(version )?2(\.0)?|apache,? version 2\.0|psf(-2\.0)?|python software foundation"
-    r"|zlib|unlicense|cc0-1\.0)"
+    r"(mit|mit-0|isc|0bsd|zlib|unlicense|cc0-1\.0|psf(-2\.0)?|python software foundation"
+    r"|((new|modified|simplified) )?bsd|bsd[- ][23][- ]clause|[23][- ]clause bsd"
+    r"|apache|apache software|apache,?[- ]?(version )?2(\.0)?)"
 )
 _TOKENS = re.compile(r"\(|\)|[^\s()]+")
 
 
 def permissive_expression(expression: str) -> bool:
-    """Whether an SPDX expression can be fulfilled with permissive licenses: all sides of AND, one side of OR."""
+    """Whether permissive licenses fulfil an SPDX expression: all sides of AND, one of OR."""
     tokens = _TOKENS.findall(expression)
     value, rest = _any_of(tokens)
     return value and not rest

@@ -1,9 +1,9 @@
 """Documents laid end to end and cut into rows of fixed length, with random access to any row.
 
-The documents form a ring of tokens. Row i is T + 1 of them from `phase + i * T` on: neighbouring rows share a token, the
-last target of one and the first input of the next, so each token of a document but its first is a target exactly
-once an epoch. Each piece of a document is a segment of its own, with positions from 0; attention and targets never
-cross a segment's edge.
+The documents form a ring of tokens. Row i is T + 1 of them from `phase + i * T` on: neighbouring
+rows share a token, the last target of one and the first input of the next, so each token of a
+document but its first is a target exactly once an epoch. Each piece of a document is a segment of
+its own, with positions from 0; attention and targets never cross a segment's edge.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,8 @@ class PackedRows:
         Args:
           index: which row.
           phase: token of the ring with which row 0 begins.
-          wrap: go on with the first document after the last; otherwise what is left is token 0 in segment 0.
+          wrap: go on with the first document after the last; otherwise what is left is token 0 in
+            segment 0.
         """
         start = phase + index * (self._length - 1)
         room = self._length if wrap else min(self._length, self.num_tokens - start)
@@ -83,7 +84,7 @@ def to_batch(rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def pack_all(packed: PackedRows, *, rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of all documents in order; the last row and the last batch are filled up with segment 0."""
+    """Batches of all documents in order; the last row and batch are filled up with segment 0."""
     for first in range(0, packed.covering_rows, rows):
         last = min(first + rows, packed.covering_rows)
         batch = [packed.row(index, wrap=False) for index in range(first, last)]

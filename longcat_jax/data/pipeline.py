@@ -1,7 +1,8 @@
-"""Batches for training and evaluation: records packed, shuffled, repeated, mixed by weight, made ahead (grain).
+"""Batches: records packed into rows, shuffled, repeated, mixed by weight, made ahead (grain).
 
-Row n of a source is a function of seed and n, and the iterator's whole state a few counters. So it is saved with each
-checkpoint and restored exactly wherever it stands, in the middle of an epoch or a stage, by any number of processes.
+Row n of a source is a function of seed and n, and the iterator's whole state a few counters. So it
+is saved with each checkpoint and restored exactly wherever it stands, in the middle of an epoch or
+a stage, by any number of processes.
 """
 
 import hashlib
@@ -22,13 +23,8 @@ from longcat_jax.data.tokenizer import load_tokenizer
 Batch = dict[str, np.ndarray]
 
 
-def _source_seed(seed: int, name: str) -> int:
-    """A 32-bit seed of its own for each source."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4])
-
-
 class _Stream:
-    """A source's rows, endless: every epoch is cut at other places and comes in another order."""
+    """A source's rows, endless: each epoch is cut at other places and comes in another order."""
 
     def __init__(self, documents: TokenDocuments, *, seed: int, length: int) -> None:
         self._packed = PackedRows(documents, documents.lengths, length=length)
@@ -45,9 +41,10 @@ class _Stream:
 
 
 class Mixture:
-    """Which source each row comes from: always the one furthest behind its weight since the stage began.
+    """Which source a row comes from: the one furthest behind its weight since the stage began.
 
-    Rows are counted over the global batch, so that a batch keeps the proportions with any number of processes.
+    Rows are counted over the global batch, so that a batch keeps the proportions with any number of
+    processes. `drawn`: rows of each source since the stage began.
     """
 
     def __init__(self, sources: Sequence[str], stages: Sequence[StageConfig]) -> None:
@@ -60,14 +57,16 @@ class Mixture:
         stage = max((s for s in self._stages if s.from_step <= step), key=lambda s: s.from_step)
         if stage.from_step == step:
             self.drawn = dict.fromkeys(self._sources, 0)
-        total = sum(stage.weights.values())
-        weights = {name: stage.weights.get(name, 0.0) / total for name in self._sources}
+        weights = {name: stage.weights.get(name, 0.0) for name in self._sources}
+        total = sum(weights.values())
+        used = [name for name in self._sources if weights[name] > 0]
+        before = sum(self.drawn.values())
         chosen = []
-        for row in range(sum(self.drawn.values()) + 1, sum(self.drawn.values()) + 1 + rows):
-            usable = [name for name in self._sources if weights[name] > 0]
-            name = max(usable, key=lambda name: weights[name] * row - self.drawn[name])
-            self.drawn[name] += 1
-            chosen.append(name)
+        for count in range(before + 1, before + 1 + rows):
+            # max takes the first of equals: the order of sources decides.
+            behind = {name: weights[name] / total * count - self.drawn[name] for name in used}
+            chosen.append(max(behind, key=behind.__getitem__))
+            self.drawn[chosen[-1]] += 1
         return chosen
 
 
@@ -83,7 +82,7 @@ class _Batches(grain.IterDataset):
 
 
 class _BatchIterator(grain.DatasetIterator):
-    """Its state holds for all processes and any number of them: it counts rows of the global batch."""
+    """Counts rows of the global batch, so its state is the same in all processes."""
 
     def __init__(self, batches: _Batches) -> None:
         super().__init__()
@@ -93,14 +92,13 @@ class _BatchIterator(grain.DatasetIterator):
         self._taken = dict.fromkeys(batches.streams, 0)
 
     def __next__(self) -> Batch:
-        rows = []
+        numbered = []
         for name in self._mixture.choose(self._step, self._batches.config.train.global_batch):
-            rows.append((name, self._taken[name]))
+            numbered.append((name, self._taken[name]))
             self._taken[name] += 1
         self._step += 1
-        return to_batch(
-            [self._batches.streams[name].row(n) for name, n in rows[self._batches.part]]
-        )
+        streams, mine = self._batches.streams, numbered[self._batches.part]
+        return to_batch([streams[name].row(number) for name, number in mine])
 
     def get_state(self) -> dict[str, Any]:
         return {"step": self._step, "drawn": dict(self._mixture.drawn), "taken": dict(self._taken)}
@@ -109,7 +107,7 @@ class _BatchIterator(grain.DatasetIterator):
         if set(state["taken"]) != set(self._taken):
             saved, now = ", ".join(sorted(state["taken"])), ", ".join(sorted(self._taken))
             raise DataError(
-                f"data.sources: the saved data iterator read {saved}, the config names {now}"
+                f"data.sources: the checkpoint's data had {saved}, the config has {now}"
             )
         self._step = state["step"]
         self._mixture.drawn = dict(state["drawn"])
@@ -121,7 +119,8 @@ def _part(config: Config, process_index: int, process_count: int) -> slice:
     rows, left = divmod(config.train.global_batch, process_count)
     if left:
         raise ConfigError(
-            f"train.global_batch={config.train.global_batch}: must be divisible by the number of processes, {process_count}"
+            f"train.global_batch={config.train.global_batch}: must be divisible by the number of "
+            f"processes, {process_count}"
         )
     return slice(process_index * rows, (process_index + 1) * rows)
 
@@ -131,32 +130,34 @@ def open_train(
 ) -> grain.DatasetIterator:
     """Endless training batches of this process, `data.prefetch` of them made ahead by a thread.
 
-    A batch holds `tokens`, `segment_ids` and `positions`, int32 [global_batch / process_count, sequence_length + 1].
-    Batch i depends on the config, the data and i alone. `get_state()` gives a JSON-able dict that stands for the
-    batches handed out so far; after `set_state` of it the same batches follow, bit for bit. `close()` ends the thread.
+    A batch holds `tokens`, `segment_ids` and `positions`, int32 [global_batch / process_count,
+    sequence_length + 1]. The global batch of step i depends on the config, the data and i alone.
+    `get_state()` gives a JSON-able dict that stands for the batches handed out so far; after
+    `set_state` of it the same batches follow, bit for bit, whatever the number of processes.
+    `close()` ends the thread.
 
     Args:
       config: `data`, `train`, `model` and `seed` are used.
-      directory: where the default corpus and tokenizer.json are kept; made on first use by process 0.
+      directory: of the default corpus and tokenizer.json; process 0 makes them on first use.
       process_index: of this process.
       process_count: of all.
 
     Raises:
-      ConfigError, DataError: one line; DataError also from the iterator, where a record turns out to be damaged.
+      ConfigError, DataError: one line; DataError also from the iterator, at a damaged record.
     """
     part = _part(config, process_index, process_count)
     paths = resolve_sources(config, Path(directory), process_index=process_index)
     streams = {}
     for name, path in paths.items():
         documents = TokenDocuments(path, "train")
-        seed = _source_seed(config.seed, name)
+        seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{name}".encode()).digest()[:8])
         streams[name] = _Stream(documents, seed=seed, length=config.train.sequence_length + 1)
     batches = _Batches(streams, config, part=part)
     return iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch))
 
 
 class _Chain:
-    """Documents of several sources, one after the other."""
+    """Documents of several sources, one source after the other."""
 
     def __init__(self, parts: Sequence[TokenDocuments]) -> None:
         self._parts = parts
@@ -173,23 +174,22 @@ class _Chain:
 
 def _validation_documents(config: Config, directory: Path, process_index: int) -> _Chain:
     paths = resolve_sources(config, directory, process_index=process_index)
-    documents = _Chain(
-        [TokenDocuments(path, "validation") for path in dict.fromkeys(paths.values())]
-    )
+    # A directory may serve two names; its validation documents count once.
+    parts = [TokenDocuments(path, "validation") for path in dict.fromkeys(paths.values())]
+    documents = _Chain(parts)
     if not len(documents):
-        raise DataError(
-            f"data.sources: no validation documents in {', '.join(map(str, paths.values()))}"
-        )
+        names = ", ".join(map(str, paths.values()))
+        raise DataError(f"{names}: no validation documents; prepare with --validation > 0")
     return documents
 
 
 def open_validation(
     config: Config, directory: str | Path, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """The validation batches in fixed order, shaped as training's; the last one is filled up with segment 0.
+    """The validation batches, shaped as training's; the last is filled up with segment 0.
 
-    Every token of every validation document but its first is a target once. All sources' validation documents are
-    read, the first `train.eval_batches` batches of them if that is > 0.
+    Every token of every validation document but its first is a target once. All sources' validation
+    documents are read, the first `train.eval_batches` batches of them if that is > 0.
 
     Raises:
       ConfigError, DataError: as `open_train`; no validation documents.
@@ -197,14 +197,18 @@ def open_validation(
     part = _part(config, process_index, process_count)
     documents = _validation_documents(config, Path(directory), process_index)
     packed = PackedRows(documents, documents.lengths, length=config.train.sequence_length + 1)
-    for number, batch in enumerate(pack_all(packed, rows=config.train.global_batch), 1):
-        yield {key: value[part] for key, value in batch.items()}
-        if number == config.train.eval_batches:
-            return
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(pack_all(packed, rows=config.train.global_batch), 1):
+            yield {key: value[part] for key, value in batch.items()}
+            if number == config.train.eval_batches:
+                return
+
+    return batches()
 
 
 def validation_text(config: Config, directory: str | Path) -> bytes:
-    """Text of all validation documents, one after the other, for baselines that work on bytes."""
+    """Text of all validation documents, joined, for baselines that work on bytes."""
     documents = _validation_documents(config, Path(directory), 0)
     tokenizer = load_tokenizer(Path(directory) / TOKENIZER)
     return "".join(tokenizer.decode(documents[i]) for i in range(len(documents))).encode()

@@ -1,7 +1,7 @@
-"""Text to prepared directories: `longcat prepare` for one's own files, `prepare_installed_python` for the default.
+"""Text to prepared directories: `prepare` for files, `prepare_installed_python` for the default.
 
-Own text is read twice: once to check all of it, hash it and sample it for the tokenizer, once to tokenize it. So bad
-input ends the command before anything is written.
+Own text is read twice: once to check all of it, hash it and sample it for the tokenizer, once to
+tokenize it. So bad input ends the command before anything is written.
 """
 
 import dataclasses
@@ -118,10 +118,11 @@ def prepare_installed_python(
         manifest = _write(
             directory, documents, tokenizer, ids=ids, total_bytes=total, settings=settings
         )
+    train, held = manifest.train, manifest.validation
     tqdm.write(
-        f"installed-python: {manifest.train.bytes / 1e6:.1f} of {settings['corpus_mb']:g} MB asked for, "
-        f"{len(corpus.train_packages)} packages, {manifest.train.tokens / 1e6:.1f} M tokens; validation "
-        f"{manifest.validation.bytes / 1e6:.2f} MB, {len(corpus.validation_packages)} other packages; "
+        f"installed-python: {train.bytes / 1e6:.1f} of {settings['corpus_mb']:g} MB asked for, "
+        f"{train.tokens / 1e6:.1f} M tokens, {len(corpus.train_packages)} packages; "
+        f"validation {held.bytes / 1e6:.2f} MB, {len(corpus.validation_packages)} other packages; "
         f"{time.monotonic() - start:.0f} s"
     )
     return manifest
@@ -145,15 +146,17 @@ class _Survey:
 def _survey(files: Sequence[Path]) -> _Survey:
     documents = total = 0
     lowest, sample = 1.0, []
-    for path in tqdm(files, unit="file", desc="checking", disable=None):
-        room = SAMPLE_BYTES // len(files)  # every file has its part in the vocabulary
-        for text in read_documents(path):
-            documents += 1
-            total += len(text.encode())
-            lowest = min(lowest, _share(text))
-            if room > 0:
-                sample.append(text)
-                room -= len(text)
+    with tqdm(unit=" documents", desc="checking", disable=None) as progress:
+        for path in files:
+            room = SAMPLE_BYTES // len(files)  # every file has its part in the vocabulary
+            for text in read_documents(path):
+                documents += 1
+                total += len(text.encode())
+                lowest = min(lowest, _share(text))
+                if room > 0:
+                    sample.append(text)
+                    room -= len(text)
+                progress.update()
     if not documents:
         raise DataError(f"{', '.join(map(str, files[:3]))}: no documents, only blank text")
     return _Survey(documents, total, lowest, tuple(sample))
@@ -173,15 +176,17 @@ def prepare(
     Args:
       inputs: files, directories, globs; see text.py.
       output: directory to make.
-      tokenizer_path: a tokenizer.json; empty: one of `vocab_size` entries is trained on a sample of the text.
+      tokenizer_path: a tokenizer.json; empty: one of `vocab_size` entries is trained on a sample of
+        the text.
       vocab_size: see there.
-      validation: share of documents that go to validation, chosen by their content; at least one where > 0 and
-        there are different documents.
+      validation: share of documents that go to validation, chosen by their content; at least one
+        where > 0 and there are different documents.
       ids: begin and end.
 
     Raises:
       DataError: bad input, or an output that isn't empty.
     """
+    output = output.absolute()
     if not 0 <= validation < 1:
         raise DataError(f"--validation={validation}: must be in [0, 1)")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -213,7 +218,5 @@ def prepare(
             settings=settings,
         )
         if not manifest.train.documents:
-            raise DataError(
-                f"{', '.join(inputs)}: all documents are alike and went to validation; use --validation=0"
-            )
+            raise DataError(f"{', '.join(inputs)}: all documents are alike; use --validation=0")
     return manifest

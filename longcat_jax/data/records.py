@@ -1,10 +1,11 @@
-"""A prepared directory: ArrayRecord shards of token ids, a manifest, the tokenizer. Written whole or not at all.
+"""A prepared directory: ArrayRecord shards of token ids, a manifest, the tokenizer.
 
-    DIR/manifest.json  DIR/tokenizer.json  DIR/train-00000.arrayrecord ...  DIR/validation-00000.arrayrecord ...
-    DIR/train.lengths.npy  DIR/validation.lengths.npy
+    DIR/manifest.json  DIR/tokenizer.json  DIR/train.lengths.npy  DIR/validation.lengths.npy
+    DIR/train-00000.arrayrecord ...  DIR/validation-00000.arrayrecord ...
 
-A record is a document: begin, ids, end, as little-endian uint16 or uint32. ArrayRecord stores a checksum with every
-record, so a damaged one is noticed when it is read; truncated files are noticed on opening, by their size.
+A record is a document: begin, ids, end, as little-endian uint16 or uint32. ArrayRecord stores a
+checksum with every record, so a damaged one is noticed when it is read; truncated files are noticed
+on opening, by their size.
 """
 
 import array
@@ -52,7 +53,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a prepared directory holds. `settings`: what it was made from, compared when it is used again."""
+    """What a prepared directory holds. `settings`: what it was made from."""
 
     format: int
     tokenizer_sha256: str
@@ -78,7 +79,8 @@ def read_manifest(directory: Path) -> Manifest:
     """The directory's manifest, after checking that every file is there in its full size.
 
     Raises:
-      DataError: no manifest, an unreadable one, or one of another format; a missing or truncated file.
+      DataError: no manifest, an unreadable one, or one of another format; a missing or truncated
+        file.
     """
     path = directory / MANIFEST
     try:
@@ -99,7 +101,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise DataError(f"{file}: missing, though {MANIFEST} lists it; prepare it again")
         if file.stat().st_size != shard.size:
             raise DataError(
-                f"{file}: {file.stat().st_size} bytes, {MANIFEST} says {shard.size}; prepare it again"
+                f"{file}: {file.stat().st_size} bytes, {MANIFEST} says {shard.size}; prepare it "
+                "again"
             )
     return manifest
 
@@ -121,7 +124,10 @@ class _SplitWriter:
             # One record a group: documents are read one at a time, in random order.
             self._writer = ArrayRecordWriter(str(self._path()), "group_size:1,zstd:1")
         record = tokens.astype(self._dtype).tobytes()
-        self._writer.write(record)
+        try:
+            self._writer.write(record)
+        except RuntimeError as error:
+            raise OSError(f"{self._path()}: cannot be written ({error})") from error
         self._in_shard += 1
         self._shard_bytes += len(record)
         self._lengths.append(len(tokens))
@@ -135,9 +141,11 @@ class _SplitWriter:
     def _finish_shard(self) -> None:
         if self._writer is None:
             return
-        self._writer.close()
-        self._writer = None
-        path = self._path()
+        writer, self._writer, path = self._writer, None, self._path()
+        try:
+            writer.close()
+        except RuntimeError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
         self._shards.append(Shard(path.name, self._in_shard, path.stat().st_size))
         self._in_shard = self._shard_bytes = 0
 
@@ -158,7 +166,8 @@ def write_documents(
     Args:
       directory: an existing one, see `staged`.
       documents: in the order in which they are to be stored.
-      **about: the manifest's `tokenizer_sha256`, `vocab_size`, `bos_token_id`, `eos_token_id`, `settings`.
+      **about: the manifest's `tokenizer_sha256`, `vocab_size`, `bos_token_id`, `eos_token_id`,
+        `settings`.
     """
     dtype = "uint16" if about["vocab_size"] <= 2**16 else "uint32"
     writers = {split: _SplitWriter(directory, split, dtype) for split in SPLITS}
@@ -184,9 +193,7 @@ def staged(output: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        if output.is_dir():
-            output.rmdir()  # an empty one may stand there
-        partial.rename(output)
+        partial.rename(output)  # takes the place of an empty directory, fails on any other
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -202,7 +209,7 @@ def _read_lengths(path: Path, split: Split) -> np.ndarray:
 
 
 class TokenDocuments:
-    """Random access to a split's documents as int32 arrays. `lengths`: their tokens, uint32 [documents].
+    """Random access to a split's documents, int32 arrays. `lengths`: uint32 [documents].
 
     Raises:
       DataError: a damaged file, naming it.

@@ -1,7 +1,8 @@
-"""From a config to prepared directories: makes the default corpus on first use and fixes the job's one tokenizer.
+"""From a config to prepared directories and the job's one tokenizer.
 
-The tokenizer is `data.tokenizer` if given, else that of the prepared directories among the sources, else one trained
-on the default corpus. It is put at DIR/tokenizer.json last, so that file says that all is ready.
+The default corpus is made on first use. The tokenizer is `data.tokenizer` if given, else that of
+the prepared directories among the sources, else one trained on the default corpus. It is put at
+DIR/tokenizer.json last, so that file says that all is ready.
 """
 
 import os
@@ -19,7 +20,7 @@ WAIT_SECONDS = 1800
 
 
 def _own_tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
-    """The tokenizer that the config names, directly or through its prepared directories, and where it is."""
+    """The tokenizer that the config names, itself or by a prepared directory, and its path."""
     paths = [config.data.tokenizer] if config.data.tokenizer else []
     paths += [
         str(Path(source, TOKENIZER))
@@ -29,31 +30,35 @@ def _own_tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
     return (load_tokenizer(paths[0]), paths[0]) if paths else (None, "")
 
 
-def _check_manifest(
-    manifest: Manifest, path: Path, tokenizer: Tokenizer | None, origin: str, config: Config
-) -> None:
+def _check_manifest(manifest: Manifest, path: Path, tokenizer: Tokenizer, config: Config) -> None:
     model = config.model
-    if tokenizer is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
-            f"{path / MANIFEST}: tokenized with another tokenizer than {origin}; prepare it again with --tokenizer={origin}"
+            f"{path / MANIFEST}: tokenized with another tokenizer than this job's; prepare it "
+            "again with --tokenizer, or give that tokenizer as data.tokenizer"
         )
     if manifest.vocab_size > model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: must be >= {manifest.vocab_size}, the vocabulary of {path / TOKENIZER}"
+            f"model.vocab_size={model.vocab_size}: must be >= {manifest.vocab_size}, the "
+            f"vocabulary of {path / TOKENIZER}"
         )
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(manifest, name) != getattr(model, name):
             raise ConfigError(
-                f"model.{name}={getattr(model, name)}: must be {getattr(manifest, name)}, as {path / MANIFEST} was made with"
+                f"model.{name}={getattr(model, name)}: must be {getattr(manifest, name)}, as "
+                f"{path / MANIFEST} was made with"
             )
 
 
 def _check_settings(made: dict, wanted: dict, path: Path) -> None:
-    changed = [f"{key}={made.get(key)}" for key in wanted if made.get(key) != wanted[key]]
+    changed = [key for key in made | wanted if made.get(key) != wanted.get(key)]
     if changed:
-        asked = ", ".join(f"{key}={wanted[key]}" for key in wanted if made.get(key) != wanted[key])
+        had, has = (
+            ", ".join(f"{key}={settings.get(key)}" for key in changed)
+            for settings in (made, wanted)
+        )
         raise DataError(
-            f"{path}: was made with {', '.join(changed)}, the config says {asked}; use another workdir, or delete it"
+            f"{path}: was made with {had}, the config says {has}; use another workdir, or delete it"
         )
 
 
@@ -71,14 +76,15 @@ def _put_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _make(config: Config, directory: Path) -> None:
-    """Process 0: whatever is missing in `directory`."""
+    """Makes whatever is missing in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer, origin = _own_tokenizer(config)
     ids = SpecialIds(config.model.bos_token_id, config.model.eos_token_id)
     if tokenizer is not None:
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size}: must be >= {tokenizer.vocab_size}, the vocabulary of {origin}"
+                f"model.vocab_size={config.model.vocab_size}: must be >= {tokenizer.vocab_size}, "
+                f"the vocabulary of {origin}"
             )
         ids.check(tokenizer, origin)
     if INSTALLED_PYTHON in config.data.sources.values():
@@ -130,5 +136,5 @@ def resolve_sources(config: Config, directory: Path, *, process_index: int) -> d
         for name, source in config.data.sources.items()
     }
     for path in sources.values():
-        _check_manifest(read_manifest(path), path, tokenizer, str(directory / TOKENIZER), config)
+        _check_manifest(read_manifest(path), path, tokenizer, config)
     return sources

@@ -1,7 +1,8 @@
 """Documents of text files: .txt and .jsonl (field "text"), plain, .gz or .zst, streamed.
 
-A .jsonl line is a document. A .txt file is one too, unless it is long: then it is cut at the first blank line (or
-after twice the length, line) past DOCUMENT_CHARACTERS, so that a book shuffles, packs and splits well.
+A .jsonl line is a document. A .txt file is one too, unless it is long: then it is cut at the first
+blank line (or after twice the length, line) past DOCUMENT_CHARACTERS, so that a book shuffles,
+packs and splits well.
 """
 
 import glob
@@ -30,7 +31,7 @@ def _kind(path: Path) -> str | None:
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Text files of paths, directories (searched through) and globs, each once, sorted within a pattern.
+    """Text files of paths, directories (searched through) and globs, each once and sorted.
 
     Raises:
       DataError: nothing there, or a file named outright that is of another kind.
@@ -53,7 +54,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         for match in matches:
             if _kind(match) is None:
                 raise DataError(
-                    f"{match}: unknown kind of file; must be .txt or .jsonl, or one of them as .gz or .zst"
+                    f"{match}: unknown kind of file; must be .txt or .jsonl, or one of them as .gz "
+                    "or .zst"
                 )
             found[match] = None
     return list(found)
@@ -63,7 +65,8 @@ def _lines(path: Path) -> Iterator[str]:
     """The file's lines, unpacked and decoded, ends of line kept.
 
     Raises:
-      DataError: damaged compression, or invalid UTF-8 with its line and byte offset in the unpacked text.
+      DataError: damaged compression, or invalid UTF-8 with its line and byte offset in the unpacked
+        text.
     """
     offset = 0
     try:

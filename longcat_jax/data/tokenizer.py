@@ -1,8 +1,9 @@
 """Byte-level BPE: trained on a corpus in seconds, or read from a tokenizer.json.
 
-Only byte-level tokenizers are taken: any text round-trips exactly and the number of bytes behind every id is known,
-which is what bits per byte are counted with. Ids 0, 1 and 2 of a trained one are <unk> (never produced; padding),
-<longcat_s> (begin) and </longcat_s> (end), the released model's begin and end.
+Only byte-level tokenizers are taken: any text round-trips exactly and the number of bytes behind
+every id is known, which is what bits per byte are counted with. Ids 0, 1 and 2 of a trained one are
+<unk> (never produced; padding), <longcat_s> (begin) and </longcat_s> (end), the released model's
+begin and end.
 """
 
 import hashlib
@@ -111,14 +112,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of up to `vocab_size` entries from the first SAMPLE_BYTES of `documents`; same text, same file.
+    """Byte-level BPE of at most `vocab_size` entries; the same text gives the same file.
+
+    Args:
+      documents: the first SAMPLE_BYTES of them are looked at.
+      vocab_size: special tokens and the 256 bytes included.
 
     Raises:
       DataError: fewer entries than the bytes and special tokens alone take.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"model.vocab_size={vocab_size}: must be >= {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            f"model.vocab_size={vocab_size}: must be >= {MIN_VOCAB_SIZE} (256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens)"
         )
     sample, size = [], 0
     for document in documents:
