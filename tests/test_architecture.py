@@ -53,7 +53,7 @@ FLOORS: dict[str, float] = {
     "longcat_jax.numerics.": 3,
     "longcat_jax.parallel.hlo": 3,
     "longcat_jax.parallel.multihost": 3,
-    "longcat_jax.report": 3.1,
+    "longcat_jax.report.": 3.1,
     "longcat_jax.parallel.pipeline.split_vjp": 4,
     "longcat_jax.parallel.pipeline.executor": 4,
     "longcat_jax.inference.": 4,
@@ -96,7 +96,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "zstandard": ("longcat_jax.data.",),
     "tqdm": ("longcat_jax.data.", "longcat_jax.hf.", "longcat_jax.cli."),
     "tensorboardX": ("longcat_jax.metrics",),
-    "matplotlib": ("longcat_jax.report",),
+    "matplotlib": ("longcat_jax.report.",),
     "ml_collections": ("configs.",),
 }
 # Imported inside functions only (as <op>/triton.py itself is): the package works without them.
