@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from longcat_jax import data, workdir
-from longcat_jax.checkpoint import METRIC, TOKENIZER, Checkpoints, load, locate
+from longcat_jax.checkpoint import TOKENIZER, Checkpoints, load, locate
 from longcat_jax.config import Config, ConfigError, differences, to_mapping
+from longcat_jax.evaluate import METRIC, compile_evaluation, evaluate, token_sizes
 from longcat_jax.metrics import (
     METRICS_FILE,
     MetricsWriter,
@@ -36,7 +37,6 @@ from longcat_jax.train_step import (
     TrainState,
     abstract_state,
     compile_train_step,
-    evaluation_step,
     init_state,
     router_watch,
     state_from_params,
@@ -70,18 +70,14 @@ class Trainer:
         self.config, self.directory, self.mesh = config, directory, mesh
         self.iterator = data.open_train(config, directory / workdir.DATA)
         workdir.keep_tokenizer(directory)
-        self.token_bytes = _padded(
-            data.token_bytes(directory / workdir.DATA), config.model.vocab_size
-        )
+        self.token_bytes = token_sizes(config, directory / workdir.DATA)
         self.checkpoints = Checkpoints(directory, config.train)
         self.writer = MetricsWriter(directory)
         self.state, self.step = self._start()
         self.recent = deque(_losses_so_far(directory, self.step), maxlen=LOSS_WINDOW)
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.run_step = self._compile()
-        self.evaluate_batch = jax.jit(
-            lambda params, batch, sizes: evaluation_step(params, batch, sizes, config=config)
-        )
+        self.evaluate_batch = compile_evaluation(config)
         self.watch = jax.jit(lambda params, batch: router_watch(params, batch, config=config))
         self.rate = schedules.learning_rate(config.optim, config.train.steps)
         self.gain = schedules.pid_gain(config.optim, config.train.steps)
@@ -217,10 +213,9 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         results, load, histogram = evaluate(
             self.state.params,
-            self.config,
+            self.evaluate_batch,
             map(self._on_mesh, self._validation()),
-            token_bytes=self.token_bytes,
-            evaluate_batch=self.evaluate_batch,
+            token_bytes_W=self.token_bytes,
         )
         first = self._on_mesh(next(iter(self._validation())))
         watched = jax.device_get(self.watch(self.state.params, first))
@@ -249,38 +244,6 @@ class Trainer:
         self.iterator.close()
         self.writer.close()
         self.checkpoints.close()
-
-
-def evaluate(
-    params: Any,
-    config: Config,
-    batches: Iterator[Mapping[str, jax.Array]],
-    *,
-    token_bytes: np.ndarray,
-    evaluate_batch: Callable,
-) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Validation loss and bits per byte, expert loads [L, E] and real-expert histogram [K + 1].
-
-    Loads and histogram are shares. Sums over batches are taken in float64 on the host.
-    """
-    sums = None
-    for batch in batches:
-        found = jax.device_get(evaluate_batch(params, batch, token_bytes))
-        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-        sums = found if sums is None else jax.tree.map(np.add, sums, found)
-    load_LE = sums.load_LE / sums.load_LE.sum(-1, keepdims=True)
-    histogram = sums.real_histogram / sums.real_histogram.sum()
-    results = {
-        METRIC: float(sums.nats / sums.targets),
-        "eval/bits_per_byte": float(sums.nats / math.log(2) / max(sums.text_bytes, 1)),
-        "eval/experts_per_token": float((histogram * np.arange(len(histogram))).sum()),
-    }
-    return results, load_LE, histogram
-
-
-def _padded(sizes: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Token sizes for the model's whole vocabulary; ids without a token stand for no text."""
-    return np.pad(sizes, (0, vocab_size - len(sizes))).astype(np.int32)
 
 
 def _new_state(config: Config, mesh: Mesh) -> TrainState:
