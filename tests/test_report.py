@@ -75,7 +75,7 @@ def write_workdir(workdir: Path, *, steps: int = 700) -> None:
                 real_experts_histogram=[0.0, 0.05, 0.2, 0.45, 0.3],
             )
     (workdir / "config.json").write_text(json.dumps(config_lib.to_mapping(config)))
-    (workdir / "baselines.json").write_text(json.dumps(BASELINES))
+    (workdir / "baselines.json").write_text(json.dumps({**BASELINES, "bigram_k": 0.02}))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,10 @@ def test_final_figures(complete: Path) -> None:
     assert shown == f"{experts:.3f} (target 3, {experts / 3 - 1:+.1%})"
     assert figures["time in steps"] == "2:06"
     assert figures["share of time waiting for data"] == "0.30%"
+
+
+def test_only_compressions_are_baselines(complete: Path) -> None:
+    assert read_run(complete).baselines == BASELINES
 
 
 def test_layers_stay_apart(complete: Path) -> None:

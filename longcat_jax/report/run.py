@@ -14,6 +14,8 @@ from longcat_jax import config as config_lib
 from longcat_jax import metrics
 
 BASELINES_FILE = "baselines.json"
+BASELINES = ("unigram", "bigram", "xz")
+"""Keys of that file with bits per byte; `longcat evaluate` notes how it found them in others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 def _baselines(path: Path) -> dict[str, float]:
     mapping = _read_json(path)
+    mapping = {name: mapping[name] for name in BASELINES if name in mapping}
     values = _numbers(list(mapping.values()), str(path))
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError(f"{path}: must hold one number for each name")
