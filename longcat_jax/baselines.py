@@ -15,6 +15,8 @@ from longcat_jax.data import target_pairs
 
 SMOOTHING = tuple(float(k) for k in np.logspace(-5, 1, 25))
 """Values of k tried."""
+MERGE_PAIRS = 2**21
+"""Pairs sorted into the counts at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +65,14 @@ class PairCounts:
 
 
 def count_pairs(batches: Iterable[dict[str, np.ndarray]], vocab_size: int) -> PairCounts:
-    """Pairs of all batches; sorted in as many at a time as were there before."""
+    """Counts of all pairs that the loss counts in the batches."""
     counts = PairCounts(vocab_size)
     pending: list[tuple[np.ndarray, np.ndarray]] = []
     size = 0
     for batch in batches:
         pending.append(target_pairs(batch))
         size += len(pending[-1][0])
-        if size >= 2**21:
+        if size >= MERGE_PAIRS:
             counts.add(*map(np.concatenate, zip(*pending, strict=True)))
             pending, size = [], 0
     if pending:
