@@ -12,11 +12,12 @@ from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
+from grain.experimental import ThreadPrefetchIterDataset
 
 from longcat_jax.config import Config, ConfigError, StageConfig
 from longcat_jax.data.packing import PackedRows, pack_all, to_batch
 from longcat_jax.data.records import TOKENIZER, DataError, TokenDocuments
+from longcat_jax.data.shuffle import ROUNDS, permuted
 from longcat_jax.data.sources import resolve_sources
 from longcat_jax.data.tokenizer import load_tokenizer
 
@@ -29,15 +30,20 @@ class _Stream:
     def __init__(self, documents: TokenDocuments, *, seed: int, length: int) -> None:
         self._packed = PackedRows(documents, documents.lengths, length=length)
         self._seed, self._length = seed, length
+        self._keys: tuple[int, list[int]] | None = None
+
+    def _epoch_keys(self, epoch: int) -> list[int]:
+        if self._keys is None or self._keys[0] != epoch:
+            sequence = np.random.SeedSequence((self._seed, epoch))
+            self._keys = epoch, sequence.generate_state(ROUNDS + 1, np.uint64).tolist()
+        return self._keys[1]
 
     def row(self, number: int) -> np.ndarray:
         """The row that training reads as its `number`-th from this source."""
         rows = self._packed.full_rows
         epoch, index = divmod(number, rows)
-        seed = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
-        if rows > 1:
-            index = index_shuffle(index, max_index=rows - 1, seed=seed, rounds=4)
-        return self._packed.row(index, phase=seed % (self._length - 1))
+        phase, *keys = self._epoch_keys(epoch)
+        return self._packed.row(permuted(index, rows, keys), phase=phase % (self._length - 1))
 
 
 class Mixture:

@@ -198,16 +198,16 @@ def test_validation_parts_and_limit(
 
 
 def test_fast_enough(sources: dict[str, str], make_config: Make, tmp_path: Path) -> None:
-    config = make_config(dict(sources=sources), global_batch=8, sequence_length=128)
-    iterator = open_train(config, tmp_path)
-    speeds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(40):
-            next(iterator)
-        speeds.append(40 * 8 * 128 / (time.perf_counter() - start))
+    """Even with documents much shorter than a row; processor time, for other jobs may run here."""
+    data = dict(sources=sources, prefetch=0)
+    iterator = open_train(make_config(data, global_batch=8, sequence_length=128), tmp_path)
+    next(iterator)
+    start = time.process_time()
+    for _ in range(100):
+        next(iterator)
+    speed = 100 * 8 * 128 / (time.process_time() - start)
     iterator.close()
-    assert max(speeds) > 200_000
+    assert speed > 200_000
 
 
 def copied(source: str, tmp_path: Path) -> Path:
