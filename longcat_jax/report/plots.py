@@ -68,7 +68,9 @@ def draw(run: Run) -> Figure:
             _style(axes)
             draw(axes, run)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=9, framealpha=0.8, edgecolor="none")
+                # Both rates fall; the best place would be sought without the right axis' curve.
+                place = "upper right" if draw is _draw_rates else "best"
+                axes.legend(loc=place, fontsize=9, framealpha=0.8, edgecolor="none")
             elif not axes.has_data():
                 _say_missing(axes)
     return figure
