@@ -64,12 +64,12 @@ def draw(run: Run) -> Figure:
         if draws is None:
             _draw_heat_map(part, run)
             continue
-        for axes, draw in zip(part.subplots(1, len(draws)), draws, strict=True):
+        for axes, panel in zip(part.subplots(1, len(draws)), draws, strict=True):
             _style(axes)
-            draw(axes, run)
+            panel(axes, run)
             if axes.get_legend_handles_labels()[0]:
                 # Both rates fall; the best place would be sought without the right axis' curve.
-                place = "upper right" if draw is _draw_rates else "best"
+                place = "upper right" if panel is _draw_rates else "best"
                 axes.legend(loc=place, fontsize=9, framealpha=0.8, edgecolor="none")
             elif not axes.has_data():
                 _say_missing(axes)
