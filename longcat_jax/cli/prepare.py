@@ -5,7 +5,7 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Turn text files into tokenized training data: .txt and .jsonl (a field "text" on every line), also
-as .gz or .zst. Use the directory as a source: --config.data.sources.NAME=DIR.
+as .gz or .zst. The directory is then a source for `longcat train`, by data.sources.
 """
 
 
@@ -58,5 +58,8 @@ def run(args: argparse.Namespace) -> int:
             f"{name}: {split.documents} documents, {split.tokens} tokens, {split.bytes} bytes, "
             f"{len(split.shards)} files"
         )
-    print(f"{args.output}: vocabulary of {manifest.vocab_size}, use as --config.data.sources")
+    print(
+        f"train on it with --config.data.sources=\"{{'own': '{args.output}'}}\" "
+        f"--config.model.vocab_size={manifest.vocab_size}"
+    )
     return 0

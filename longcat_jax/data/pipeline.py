@@ -185,7 +185,9 @@ def _validation_documents(config: Config, directory: Path, process_index: int) -
     documents = _Chain(parts)
     if not len(documents):
         names = ", ".join(map(str, paths.values()))
-        raise DataError(f"{names}: no validation documents; prepare with --validation > 0")
+        raise DataError(
+            f"{names}: no validation documents; prepare more documents, with --validation > 0"
+        )
     return documents
 
 

@@ -21,12 +21,11 @@ WAIT_SECONDS = 1800
 
 def _own_tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
     """The tokenizer that the config names, itself or by a prepared directory, and its path."""
+    prepared = [Path(s) for s in config.data.sources.values() if s != INSTALLED_PYTHON]
+    for path in prepared:
+        read_manifest(path)  # says so where it isn't one
     paths = [config.data.tokenizer] if config.data.tokenizer else []
-    paths += [
-        str(Path(source, TOKENIZER))
-        for source in config.data.sources.values()
-        if source != INSTALLED_PYTHON
-    ]
+    paths += [str(path / TOKENIZER) for path in prepared]
     return (load_tokenizer(paths[0]), paths[0]) if paths else (None, "")
 
 

@@ -14,6 +14,7 @@ from longcat_jax.data import (
     load_tokenizer,
     open_train,
     open_validation,
+    prepare,
     target_pairs,
     token_bytes,
     validation_text,
@@ -21,6 +22,7 @@ from longcat_jax.data import (
 from longcat_jax.data.packing import PackedRows
 from longcat_jax.data.pipeline import Mixture
 from longcat_jax.data.records import TokenDocuments
+from tests.data.conftest import write_text
 
 Batch = dict[str, np.ndarray]
 Make = Callable[..., Config]
@@ -310,7 +312,7 @@ def test_config_that_does_not_fit(
     with pytest.raises(ConfigError, match="train.global_batch=6: must be divisible by .* 4"):
         open_train(config, tmp_path, process_count=4)
     missing = make_config(dict(sources=dict(letters="/does/not/exist")))
-    with pytest.raises(DataError, match="/does/not/exist"):
+    with pytest.raises(DataError, match="/does/not/exist: not made by `longcat prepare`"):
         open_train(missing, tmp_path)
 
 
@@ -323,3 +325,13 @@ def test_state_of_other_sources_is_refused(
         one.set_state(iterator.get_state())
     iterator.close()
     one.close()
+
+
+def test_no_validation_documents(make_config: Make, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "some.jsonl", "abc", 9, seed=4)
+    prepare([str(text)], tmp_path / "some", vocab_size=262, validation=0)
+    config = make_config(dict(sources=dict(some=str(tmp_path / "some"))))
+    with pytest.raises(DataError, match="some: no validation documents"):
+        open_validation(config, tmp_path / "data")
+    (batch,) = take(config, tmp_path / "data", 1)
+    assert batch["tokens"].shape == (6, 20)
