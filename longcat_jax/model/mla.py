@@ -44,9 +44,8 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     """Appends T entries to every row."""
 
     def row(entries_SU: jax.Array, new_TU: jax.Array, length: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(
-            entries_SU, new_TU.astype(entries_SU.dtype), (length, 0)
-        )
+        start = (length, jnp.zeros_like(length))
+        return jax.lax.dynamic_update_slice(entries_SU, new_TU.astype(entries_SU.dtype), start)
 
     entries = jax.vmap(row)(cache.entries_BSU, latent_BTU, cache.lengths_B)
     return LatentCache(entries, cache.lengths_B + latent_BTU.shape[1])

@@ -1,0 +1,1 @@
+"""Running a trained model: full passes, the latent cache, sampling."""

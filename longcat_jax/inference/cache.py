@@ -1,0 +1,77 @@
+"""The latent cache of a whole model, and the two passes that fill it.
+
+`prefill` runs whole prompts through the training forward pass and keeps their latents; `extend`
+runs a few more tokens per row in absorbed form (model/mla.py) over what is cached.
+
+L layers, A the two attentions of a block, B batch, T tokens of this pass, S capacity, D model, U
+cached width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longcat_jax.config import ModelConfig
+from longcat_jax.model.block import Block
+from longcat_jax.model.embed import embed
+from longcat_jax.model.longcat import Params, Sequence, trunk
+from longcat_jax.model.mla import AttentionInput, LatentCache
+from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.rope import rope_table
+
+
+@struct.dataclass
+class Cache:
+    """What decoding remembers of the tokens so far."""
+
+    entries_LABSU: jax.Array
+    """Normed, scaled latent and rotated rope key; beyond a row's length anything, never read."""
+    lengths_B: jax.Array
+    """Tokens of each row, int32. Setting one back forgets the row's last tokens."""
+
+
+def prefill(
+    params: Params, config: ModelConfig, sequence: Sequence, *, capacity: int
+) -> tuple[jax.Array, Cache]:
+    """Runs prompts padded on the right (segment 0) -> (hidden [B, T, D], their cache).
+
+    Args:
+      params: plain parameter tree.
+      config: architecture.
+      sequence: B rows of T tokens, each one segment from position 0, then padding.
+      capacity: S, at least T.
+    """
+    out = trunk(params, config, sequence)
+    spare = capacity - sequence.tokens_BT.shape[1]
+    entries = jnp.pad(jnp.stack(out.latents, axis=1), [(0, 0)] * 3 + [(0, spare), (0, 0)])
+    lengths_B = (sequence.segment_ids_BT != 0).sum(-1, dtype=jnp.int32)
+    return out.hidden_BTD, Cache(entries, lengths_B)
+
+
+def extend(
+    params: Params, config: ModelConfig, tokens_BT: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Appends T tokens to every row -> (hidden [B, T, D] after the final norm, longer cache).
+
+    The caller sees to it that no length grows past the capacity.
+    """
+    c, lengths_B = config, cache.lengths_B
+    positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    tokens = AttentionInput(rope_table(c, positions_BT))
+
+    def layer(carry: tuple, scanned: tuple) -> tuple:
+        # The cache is carried, not scanned over: it is updated in place, never copied.
+        (x_BTD, entries_LABSU), (weights, index) = carry, scanned
+        caches = tuple(LatentCache(entries, lengths_B) for entries in entries_LABSU[index])
+        x_BTD, out = Block(c).apply({"params": weights}, x_BTD, tokens, caches)
+        longer_ABSU = jnp.stack([longer.entries_BSU for longer in out.attention])
+        return (x_BTD, entries_LABSU.at[index].set(longer_ABSU)), None
+
+    x_BTD = embed(params["embed_tokens"], tokens_BT, jnp.dtype(c.dtype))
+    (x_BTD, entries_LABSU), _ = jax.lax.scan(
+        layer,
+        (x_BTD, cache.entries_LABSU),
+        (params["layers"], jnp.arange(c.num_layers, dtype=jnp.int32)),
+    )
+    hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
+    return hidden_BTD, Cache(entries_LABSU, lengths_B + tokens_BT.shape[1])
