@@ -11,6 +11,7 @@ Every check raises `ConfigError` with one line: the field, the value, what is al
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,10 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _require(self.type == "yarn", "model.rope_scaling.type", self.type, "'yarn'")
         _require(self.factor >= 1, "model.rope_scaling.factor", self.factor, ">= 1")
-        _positive("model.rope_scaling", self, "original_max_position_embeddings", "beta_fast")
+        _positive("model.rope_scaling", self, "original_max_position_embeddings", "beta_slow")
+        faster = self.beta_fast > self.beta_slow
+        _require(faster, "model.rope_scaling.beta_fast", self.beta_fast, "> beta_slow")
+        _not_negative("model.rope_scaling", self, "mscale", "mscale_all_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,7 @@ class ModelConfig:
             "routed_scaling_factor",
             "rope_theta",
             "rms_norm_eps",
+            "mla_norm_eps",
             "initializer_range",
         )
         even = self.qk_rope_head_dim % 2 == 0
@@ -442,7 +447,8 @@ class Config:
             groups,
             f"a divisor of model.n_routed_experts={experts}",
         )
-        _require(self.seed >= 0, "seed", self.seed, ">= 0")
+        # JAX would drop the upper bits: seed 2**32 would be seed 0.
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
         length, longest = self.train.sequence_length, self.model.max_position_embeddings
         _require(
             length <= longest,
@@ -507,6 +513,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is Mapping and isinstance(value, dict):
         return {str(k): _convert(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        _require(math.isfinite(value), path, value, "a finite number")
         return float(value)
     if kind in (int, bool, str) and type(value) is kind:
         return value
