@@ -6,7 +6,7 @@ import pytest
 
 from longcat_jax.model import longcat
 from longcat_jax.optim.width_scaling import decay_mask, rate_multipliers, roles
-from longcat_jax.parameters import is_box
+from longcat_jax.parameters import is_box, scale_variance
 from longcat_jax.sharding import RULES
 from longcat_jax.train_step import abstract_boxes
 from tests.helpers import SIZES, tiny_config
@@ -90,7 +90,7 @@ def test_rates_of_s_8_are_an_eighth_for_hidden_unembedding_and_router_only():
 
 def test_initial_variance_is_divided_by_s_for_hidden_unembedding_and_router_only(values):
     scaled = tiny_config(model=FLOAT32, proxy={"hidden_size": 3, "q_lora_rank": 4})
-    small = _initial(scaled)
+    small = _by_path(scale_variance(values, scaled.model, scaled.proxy), is_box)
     for path, box in values.items():
         s = 1 if box.width is None else 4 if box.width == "q_lora_rank" else 8
         np.testing.assert_allclose(
