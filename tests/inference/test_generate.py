@@ -57,6 +57,9 @@ def test_rows_of_a_ragged_batch_are_as_alone() -> None:
     alone = lc.generate(model, [short], seed=13, **settings)
     assert batch.tokens[2] == alone.tokens[0] == same.tokens[0]
     np.testing.assert_allclose(batch.logprobs[2], alone.logprobs[0], rtol=0, atol=1e-5)
+    # A key belongs to a place in the row: from its own first tokens on a sample goes on as it did.
+    rest = lc.generate(model, [short + alone.tokens[0][:4]], seed=13, **settings)
+    assert rest.tokens[0][: NEW - 4] == alone.tokens[0][4:]
     # Another seed is another sample, and none is the greedy one.
     assert batch.tokens[0] != same.tokens[2] and batch.tokens[1] != same.tokens[1]
     assert greedy not in (batch.tokens[0], same.tokens[2])
