@@ -9,6 +9,9 @@ from longcat_jax.inference.sampling import choose, keep_likely, make_sampling, r
 
 W = 23
 
+keep = jax.jit(keep_likely)
+select = jax.jit(choose)
+
 
 def expected_set(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
     """By definition, one token after the other from the likeliest on."""
@@ -29,7 +32,7 @@ def expected_set(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
 def test_filters_keep_the_sets_of_the_definition(top_k: int, top_p: float) -> None:
     logits = np.random.default_rng(0).normal(0, 2, (6, W)).astype(np.float32)
     logits[4] = np.round(logits[4])  # ties
-    out = np.asarray(keep_likely(jnp.asarray(logits), top_k=top_k, top_p=top_p))
+    out = np.asarray(keep(jnp.asarray(logits), top_k=top_k, top_p=top_p))
     for row, before in zip(out, logits, strict=True):
         kept = set(np.flatnonzero(np.isfinite(row)).tolist())
         assert kept == expected_set(before, top_k, top_p)
@@ -39,13 +42,13 @@ def test_filters_keep_the_sets_of_the_definition(top_k: int, top_p: float) -> No
 
 def test_of_equal_logits_the_lower_ids_stay() -> None:
     logits = jnp.array([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]])
-    out = keep_likely(logits, top_k=3, top_p=1.0)
+    out = keep(logits, top_k=3, top_p=1.0)
     np.testing.assert_array_equal(np.isfinite(out[0]), [False, True, True, True, False, False])
-    equal = keep_likely(jnp.zeros((2, 10)), top_k=10, top_p=0.35)
+    equal = keep(jnp.zeros((2, 10)), top_k=10, top_p=0.35)
     np.testing.assert_array_equal(np.isfinite(equal).sum(-1), [4, 4])
     assert np.isfinite(equal[:, :4]).all()
     greedy = make_sampling(temperature=0, top_k=0, top_p=1, vocab_size=6)
-    assert choose(jnp.ones((2, 6)), row_keys(jnp.arange(2), jnp.arange(2)), greedy).tolist() == [
+    assert select(jnp.ones((2, 6)), row_keys(jnp.arange(2), jnp.arange(2)), greedy).tolist() == [
         0,
         0,
     ]
@@ -57,7 +60,7 @@ def test_draws_have_the_distribution(temperature: float, top_k: int, top_p: floa
     logits = np.array([0.3, 1.1, -0.4, 0.9, -2.0], np.float32)
     sampling = make_sampling(temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=5)
     keys = row_keys(jnp.full(draws, 3), jnp.arange(draws))
-    tokens = choose(jnp.tile(logits, (draws, 1)), keys, sampling)
+    tokens = select(jnp.tile(logits, (draws, 1)), keys, sampling)
     kept = sorted(expected_set(logits / temperature, top_k or 5, top_p))
     share = np.zeros(5)
     share[kept] = np.exp(logits[kept] / temperature)
@@ -72,7 +75,7 @@ def test_draws_have_the_distribution(temperature: float, top_k: int, top_p: floa
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 50, (4, W)), jnp.float32)
     sampling = make_sampling(temperature=1e-37, top_k=0, top_p=1, vocab_size=W)
-    tokens = choose(logits, row_keys(jnp.arange(4), jnp.arange(4)), sampling)
+    tokens = select(logits, row_keys(jnp.arange(4), jnp.arange(4)), sampling)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
