@@ -43,7 +43,8 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: TrainConfig | None = None) -> None:
         """`keep` says how many are kept; None opens the directory for reading."""
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs every failing thread; what matters of it is in the errors raised below.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(workdir).absolute() / FOLDER
         options = ocp.CheckpointManagerOptions(read_only=True)
         if keep is not None:

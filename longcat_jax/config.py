@@ -3,19 +3,20 @@
 A file in configs/ returns an `ml_collections.ConfigDict`; `from_mapping` turns it (or a saved
 config.json) into a `Config`. Everything past the entry point sees dataclasses only. Defaults live
 here and nowhere else. Field names of `ModelConfig` are HuggingFace's (config.json of the released
-checkpoint), see SPEC table in docs/ARCHITECTURE.md.
+checkpoint).
 
 Every check raises `ConfigError` with one line: the field, the value, what is allowed.
 """
 
-import ast
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from longcat_jax.dataclass_mapping import ConfigError as ConfigError
+from longcat_jax.dataclass_mapping import build, check_known, require
+from longcat_jax.dataclass_mapping import differences as differences
+from longcat_jax.dataclass_mapping import override as override
+from longcat_jax.dataclass_mapping import to_mapping as to_mapping
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMAT_POLICIES = ("none", "dots", "full")
@@ -23,25 +24,16 @@ SCHEDULES = ("wsd", "cosine")
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line meant for the user."""
-
-
-def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field}={value!r}: must be {allowed}")
-
-
 def _positive(prefix: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{prefix}.{name}", value, "> 0")
+        require(value > 0, f"{prefix}.{name}", value, "> 0")
 
 
 def _not_negative(prefix: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value >= 0, f"{prefix}.{name}", value, ">= 0")
+        require(value >= 0, f"{prefix}.{name}", value, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +49,11 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.type == "yarn", "model.rope_scaling.type", self.type, "'yarn'")
-        _require(self.factor >= 1, "model.rope_scaling.factor", self.factor, ">= 1")
+        require(self.type == "yarn", "model.rope_scaling.type", self.type, "'yarn'")
+        require(self.factor >= 1, "model.rope_scaling.factor", self.factor, ">= 1")
         _positive("model.rope_scaling", self, "original_max_position_embeddings", "beta_slow")
         faster = self.beta_fast > self.beta_slow
-        _require(faster, "model.rope_scaling.beta_fast", self.beta_fast, "> beta_slow")
+        require(faster, "model.rope_scaling.beta_fast", self.beta_fast, "> beta_slow")
         _not_negative("model.rope_scaling", self, "mscale", "mscale_all_dim")
 
 
@@ -123,30 +115,30 @@ class ModelConfig:
             "initializer_range",
         )
         even = self.qk_rope_head_dim % 2 == 0
-        _require(even, "model.qk_rope_head_dim", self.qk_rope_head_dim, "even (rotated in pairs)")
+        require(even, "model.qk_rope_head_dim", self.qk_rope_head_dim, "even (rotated in pairs)")
         total = self.num_router_outputs
-        _require(
+        require(
             self.moe_topk <= total,
             "model.moe_topk",
             self.moe_topk,
             f"at most n_routed_experts + zero_expert_num = {total}",
         )
         most = min(self.moe_topk, self.n_routed_experts)
-        _require(
+        require(
             0 < self.moe_topk_real <= most,
             "model.moe_topk_real",
             self.moe_topk_real,
             f"above 0 and at most min(moe_topk, n_routed_experts) = {most}",
         )
-        _require(
+        require(
             self.zero_expert_num > 0 or self.moe_topk_real == self.moe_topk,
             "model.moe_topk_real",
             self.moe_topk_real,
             f"moe_topk = {self.moe_topk} where zero_expert_num is 0",
         )
         nextn = self.num_nextn_predict_layers
-        _require(nextn in (0, 1), "model.num_nextn_predict_layers", nextn, "0 or 1")
-        _require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(nextn in (0, 1), "model.num_nextn_predict_layers", nextn, "0 or 1")
+        require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
 
     @property
     def num_router_outputs(self) -> int:
@@ -187,7 +179,7 @@ class ProxyConfig:
         others = any(
             getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hidden_size"
         )
-        _require(
+        require(
             self.hidden_size > 0 or not others,
             "proxy.hidden_size",
             0,
@@ -215,7 +207,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         _positive("mesh", self, *MESH_AXES)
         for name in ("pipeline", "context"):
-            _require(
+            require(
                 getattr(self, name) == 1,
                 f"mesh.{name}",
                 getattr(self, name),
@@ -270,14 +262,14 @@ class TrainConfig:
         )
         _positive("train", self, "checkpoint_every", "keep_last", "vocab_chunk", "max_loss_rise")
         _not_negative("train", self, "eval_batches", "keep_best")
-        _require(self.sequence_length >= 3, "train.sequence_length", self.sequence_length, ">= 3")
-        _require(
+        require(self.sequence_length >= 3, "train.sequence_length", self.sequence_length, ">= 3")
+        require(
             self.remat in REMAT_POLICIES,
             "train.remat",
             self.remat,
             f"one of {', '.join(REMAT_POLICIES)}",
         )
-        _require(
+        require(
             self.global_batch % self.accumulate == 0,
             "train.global_batch",
             self.global_batch,
@@ -355,16 +347,14 @@ class OptimConfig:
             "weight_decay",
         )
         _not_negative("optim", self, "mtp_weight", "z_weight")
-        _require(
+        require(
             self.schedule in SCHEDULES,
             "optim.schedule",
             self.schedule,
             f"one of {', '.join(SCHEDULES)}",
         )
         for name in ("beta1", "beta2"):
-            _require(
-                0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)"
-            )
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +368,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         _not_negative("data.stages", self, "from_step")
-        _require(
+        require(
             any(w > 0 for w in self.weights.values())
             and all(w >= 0 for w in self.weights.values()),
             "data.stages.weights",
@@ -400,27 +390,26 @@ class DataConfig:
     stages: tuple[StageConfig, ...] = ()
     """Mixtures over the course of training; empty: all sources with equal weight."""
     tokenizer: str = ""
-    """A tokenizer.json; empty: a byte-level BPE of model.vocab_size entries is trained on the first
-    source.
+    """A tokenizer.json; empty: the prepared sources' own, or a byte-level BPE of model.vocab_size
+    entries trained on the default corpus.
     """
     corpus_mb: float = 30.0
     """Size of the `installed-python` training corpus, megabytes of text."""
     validation_mb: float = 0.3
     """Size of its validation part."""
-    shuffle_buffer: int = 0
     prefetch: int = 8
     """Batches made ahead of the step."""
 
     def __post_init__(self) -> None:
-        _require(len(self.sources) > 0, "data.sources", {}, "at least one name -> directory")
+        require(len(self.sources) > 0, "data.sources", {}, "at least one name -> directory")
         _positive("data", self, "corpus_mb", "validation_mb")
-        _not_negative("data", self, "shuffle_buffer", "prefetch")
+        _not_negative("data", self, "prefetch")
         for stage in self.stages:
             for name in stage.weights:
-                _check_known(f"data.stages.weights.{name}", name, self.sources)
+                check_known(f"data.stages.weights.{name}", name, self.sources)
         starts = [stage.from_step for stage in self.stages]
         rising = starts == sorted(set(starts)) and starts[:1] in ([], [0])
-        _require(rising, "data.stages.from_step", starts, "rising, the first 0")
+        require(rising, "data.stages.from_step", starts, "rising, the first 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,16 +430,16 @@ class Config:
         self._check_batch()
         self._check_shards()
         groups, experts = self.optim.balance.groups, self.model.n_routed_experts
-        _require(
+        require(
             experts % groups == 0,
             "optim.balance.groups",
             groups,
             f"a divisor of model.n_routed_experts={experts}",
         )
         # JAX would drop the upper bits: seed 2**32 would be seed 0.
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
         length, longest = self.train.sequence_length, self.model.max_position_embeddings
-        _require(
+        require(
             length <= longest,
             "train.sequence_length",
             length,
@@ -459,7 +448,7 @@ class Config:
 
     def _check_batch(self) -> None:
         batch, parts = self.train.global_batch, self.train.accumulate * self.mesh.batch_shards
-        _require(
+        require(
             batch % parts == 0,
             "train.global_batch",
             batch,
@@ -470,83 +459,19 @@ class Config:
         dense, mesh = self.mesh.fsdp * self.mesh.expert, self.mesh
         for name in ("hidden_size", "q_lora_rank", "kv_lora_rank", "vocab_size"):
             size = getattr(self.model, name)
-            _require(
+            require(
                 size % dense == 0,
                 f"model.{name}",
                 size,
                 f"divisible by mesh.fsdp * mesh.expert = {dense}",
             )
         experts = self.model.n_routed_experts
-        _require(
+        require(
             experts % mesh.expert == 0,
             "model.n_routed_experts",
             experts,
             f"divisible by mesh.expert = {mesh.expert}",
         )
-
-
-def _check_known(path: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> None:
-    if name in known:
-        return
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-    raise ConfigError(f"{path}: unknown name{hint}")
-
-
-def _plain(value: Any) -> Any:
-    """ConfigDict, FrozenConfigDict and other mappings as dicts."""
-    return dict(value.items()) if hasattr(value, "items") else value
-
-
-def _convert(kind: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type `kind`, or a ConfigError that names `path`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, path)
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, path)
-    value = _plain(value)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is Mapping and isinstance(value, dict):
-        return {str(k): _convert(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        _require(math.isfinite(value), path, value, "a finite number")
-        return float(value)
-    if kind in (int, bool, str) and type(value) is kind:
-        return value
-    name = (
-        getattr(kind, "__name__", None)
-        if origin is None
-        else {tuple: "list", Mapping: "mapping"}.get(origin)
-    )
-    raise ConfigError(f"{path}={value!r}: must be of type {name}, not {type(value).__name__}")
-
-
-def _build(kind: type, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(value):
-        return value
-    value = _plain(value)
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path}={value!r}: must be a section with fields, not {type(value).__name__}"
-        )
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    prefix = f"{path}." if path else ""
-    for name in value:
-        _check_known(f"{prefix}{name}", name, fields)
-    for name, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required and name not in value:
-            raise ConfigError(f"{prefix}{name}: missing; it has no default")
-    return kind(
-        **{name: _convert(hints[name], item, f"{prefix}{name}") for name, item in value.items()}
-    )
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Config:
@@ -555,63 +480,4 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: one line naming the field, the value and what is allowed.
     """
-    return _build(Config, mapping, "")
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """Nested dict of plain values, every default written out; `from_mapping` reads it back."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_mapping(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, tuple):
-        return [to_mapping(item) for item in config]
-    return dict(config) if isinstance(config, Mapping) else config
-
-
-def override(config: Config, assignments: Sequence[str]) -> Config:
-    """`config` with `path=value` assignments applied, e.g. `model.num_layers=4`; values are Python
-    literals or text.
-
-    Raises:
-      ConfigError: an unknown path, or a value that doesn't fit.
-    """
-    mapping = to_mapping(config)
-    for assignment in assignments:
-        path, _, text = assignment.partition("=")
-        node, kind = mapping, Config
-        *parents, leaf = path.split(".")
-        for depth, name in enumerate(parents):
-            _check_known(path, name, node)
-            kind = typing.get_type_hints(kind)[name] if dataclasses.is_dataclass(kind) else None
-            if not isinstance(node[name], dict):
-                raise ConfigError(f"{path}: {'.'.join(parents[: depth + 1])} has no fields")
-            node = node[name]
-        if dataclasses.is_dataclass(kind):
-            _check_known(path, leaf, node)
-            node[leaf] = _parse(text, typing.get_type_hints(kind)[leaf])
-        else:
-            node[leaf] = _parse(text, None)
-    return from_mapping(mapping)
-
-
-def _parse(text: str, kind: Any) -> Any:
-    """A command line's text as a value: left as it is for strings, a literal otherwise."""
-    if kind is str:
-        return text
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        return text
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """`path: old -> new` of every leaf in which two `to_mapping` results differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            line
-            for key in keys
-            for line in differences(
-                old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key
-            )
-        ]
-    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+    return build(Config, mapping)

@@ -339,14 +339,17 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
     """
     config = _with_tokenizer(config)
     mesh = make_mesh(config.mesh)
-    workdir.claim(directory, config)
-    print(describe(config, mesh), flush=True)
-    with jax.set_mesh(mesh), _signals() as stop_asked:
+    with workdir.locked(directory), jax.set_mesh(mesh), _signals() as stop_asked:
+        workdir.claim(directory, config)
+        print(describe(config, mesh), flush=True)
         trainer = Trainer(config, directory, mesh)
         if trainer.step == config.train.steps:
             print(f"{directory}: already trained to step {trainer.step}", flush=True)
         try:
             trainer.loop(stop_asked=stop_asked, profile=profile)
-        finally:
-            trainer.close()
+        except BaseException:
+            with contextlib.suppress(OSError, ValueError):  # the first error is the one to tell
+                trainer.close()
+            raise
+        trainer.close()
     print(f"step {trainer.step}: saved in {trainer.checkpoints.directory}", flush=True)

@@ -177,7 +177,7 @@ def train_step(
         "balance_loss": terms.balance_loss,
         "z_loss": terms.z_loss,
         "bits_per_byte": bits / jnp.maximum(text_bytes, 1),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         **router_metrics(counts, config),
     }
     params = optax.apply_updates(state.params, updates)

@@ -4,8 +4,11 @@ config.json  tokenizer.json  data/  metrics.jsonl  expert_load.jsonl  tensorboar
 checkpoints/STEP/  profile/  report.html  report.png
 """
 
+import contextlib
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from longcat_jax.checkpoint import FOLDER, TOKENIZER, write_json
@@ -17,6 +20,22 @@ DATA = "data"
 FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every")
 FREE += ("train.keep_last", "train.keep_best", "train.max_loss_rise", "data.prefetch", "mesh.")
 """Keys that don't change what is learnt: a resumed run may set them anew."""
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the directory for one training process; the system lets go when that process ends.
+
+    Raises:
+      ConfigError: another process trains in it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{workdir}: another process is training in it") from None
+        yield
 
 
 def claim(workdir: Path, config: Config) -> None:
@@ -31,7 +50,6 @@ def claim(workdir: Path, config: Config) -> None:
             raise ConfigError(
                 f"{workdir}: holds checkpoints but no {CONFIG}; use another --workdir"
             )
-        workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_mapping(config))
         return
     changed = differences(to_mapping(read_config(workdir)), to_mapping(config))

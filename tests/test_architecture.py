@@ -26,6 +26,7 @@ MAX_PARAMETERS = 8
 # import one another.
 FLOORS: dict[str, float] = {
     "pallas_kernels.": 0,
+    "longcat_jax.dataclass_mapping": 0.9,
     "longcat_jax.config": 1,
     "longcat_jax.parameters": 1.1,
     "longcat_jax.sharding": 1.2,

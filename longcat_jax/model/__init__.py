@@ -1,0 +1,1 @@
+"""The model: pure functions with thin Flax modules that declare their parameters."""

@@ -1,0 +1,1 @@
+"""The optimizer: Optax transforms, schedules, and the chain they form."""
