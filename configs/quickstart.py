@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
                 decay_steps=660,
                 final_scale=0.02,
                 router_scale=0.15,
-                balance=dict(alpha=1e-2, groups=8),
+                balance=dict(alpha=1e-3, groups=8),
                 pid=dict(mu=0.1, mu_final=0.03),
             ),
         )

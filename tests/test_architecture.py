@@ -31,6 +31,7 @@ FLOORS: dict[str, float] = {
     "longcat_jax.parameters": 1.1,
     "longcat_jax.sharding": 1.2,
     "longcat_jax.parallel.pipeline.schedule": 1.1,
+    "longcat_jax.model": 2,
     "longcat_jax.model.norm": 2,
     "longcat_jax.model.rope": 2,
     "longcat_jax.model.ffn": 2,
