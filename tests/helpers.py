@@ -1,10 +1,12 @@
 """A tiny model and batches for the tests of the model, the optimizer and the train step.
 
 All sizes differ pairwise and none is 1, so that a swapped dim cannot pass; those that a mesh of
-2 x 2 cuts divide by 4, as does the batch.
+2 x 2 x 2 cuts divide by 4, and the batch by 8.
 """
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,15 +17,22 @@ from longcat_jax.config import Config, from_mapping
 from longcat_jax.losses import Batch
 from longcat_jax.model import longcat
 from longcat_jax.parameters import Box, is_box
+from longcat_jax.sharding import batch_sharding, make_mesh
+from longcat_jax.train_step import (
+    TrainState,
+    abstract_state,
+    compile_train_step,
+    state_from_params,
+)
 
-BATCH, TOKENS = 12, 13
+BATCH, TOKENS = 16, 13
 
 SIZES = dict(
     vocab_size=44,
     hidden_size=24,
     num_layers=2,
     num_attention_heads=3,
-    q_lora_rank=16,
+    q_lora_rank=28,
     kv_lora_rank=20,
     qk_nope_head_dim=5,
     qk_rope_head_dim=6,
@@ -109,6 +118,68 @@ def random_batch(config: Config, seed: int = 0, *, rows: int = 0) -> Batch:
 def token_bytes(config: Config) -> np.ndarray:
     """Bytes of text of every token, some of them 0."""
     return np.arange(config.model.vocab_size, dtype=np.int32) % 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A few steps of the tiny job, alternately on random batches 0 and 1."""
+
+    losses: list[dict[str, float]]
+    """Metrics of every step."""
+    states: list[TrainState]
+    """State after every step."""
+    kept: bool
+    """Whether every leaf of the last state had the shardings and dtypes of `abstract_state`."""
+    lowered: str
+    """Text of the program before XLA's passes."""
+    compiled: str
+    """Text of the program after them."""
+    run: Callable[[Batch], tuple[TrainState, dict[str, float]]]
+    """One step from the start on any batch."""
+
+
+@functools.cache
+def trained(
+    *,
+    steps: int = 5,
+    accumulate: int = 1,
+    remat: str = "none",
+    mesh: tuple[tuple[str, int], ...] = (),
+) -> Trained:
+    """Trains the tiny job from `random_params`; once a session. Call it inside of `exact`."""
+    config = tiny_config(train={"accumulate": accumulate, "remat": remat}, mesh=dict(mesh))
+    devices = make_mesh(config.mesh)
+    weights = token_bytes(config)
+
+    def start() -> TrainState:
+        return state_from_params(config, devices, random_params(config))
+
+    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
+        placed = jax.device_put(batch, batch_sharding(devices))
+        state, metrics = compiled(state, placed, weights)
+        return state, {name: float(value) for name, value in metrics.items()}
+
+    batches = [random_batch(config, seed) for seed in (0, 1)]
+    with jax.set_mesh(devices):
+        placed = jax.device_put(batches[0], batch_sharding(devices))
+        lowered = compile_train_step(config, devices).lower(start(), placed, weights)
+        compiled = lowered.compile()
+        state, losses, states = start(), [], []
+        for index in range(steps):
+            state, metrics = advance(state, batches[index % 2])
+            losses.append(metrics)
+            states.append(jax.device_get(state))
+    kept = jax.tree.map(
+        lambda x, wanted: (
+            x.dtype == wanted.dtype and x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+        ),
+        state,
+        abstract_state(config, devices),
+    )
+    texts = lowered.as_text(), compiled.as_text()
+    return Trained(
+        losses, states, jax.tree.all(kept), *texts, lambda batch: advance(start(), batch)
+    )
 
 
 def relative_error(actual: Any, expected: Any) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longcat_jax.losses import denominators, loss_terms, sequence_of, total_loss
+from longcat_jax.losses import sequence_of
 from longcat_jax.model.block import Block
 from longcat_jax.model.embed import embed
 from longcat_jax.model.longcat import Sequence, mtp_hidden, trunk
@@ -76,29 +76,6 @@ def test_scan_over_layers_equals_a_python_loop(job):
 
     out = jax.jit(lambda p: trunk(p, model, sequence))(params)
     assert relative_error((out.last_BTD, out.hidden_BTD), loop(params)) <= EXACT
-
-
-def test_remat_policies_agree_in_loss_gradients_and_counts(job):
-    _, params, batch = job
-    config = tiny_config(model={"num_nextn_predict_layers": 0})  # rematerialises the blocks only
-    params = {name: tree for name, tree in params.items() if name != "mtp"}
-    totals = denominators(batch, config)
-    results = {}
-    for policy in ("none", "dots", "full"):
-        train = dataclasses.replace(config.train, remat=policy)
-        same = dataclasses.replace(config, train=train)
-
-        def objective(p, same=same):
-            terms, counts = loss_terms(p, same, batch, totals)
-            return total_loss(terms, same), (terms, counts)
-
-        step = jax.jit(jax.value_and_grad(objective, has_aux=True))
-        results[policy] = jax.device_get(step(params))
-    for policy in ("dots", "full"):
-        assert relative_error(results[policy], results["none"]) <= EXACT
-        counts, plain = results[policy][0][1][1], results["none"][0][1][1]
-        np.testing.assert_array_equal(counts.load_LE, plain.load_LE)
-        np.testing.assert_array_equal(counts.real_histogram, plain.real_histogram)
 
 
 def test_packed_row_equals_each_of_its_segments_run_alone(job):

@@ -14,7 +14,7 @@ from tests.helpers import exact, random_params, relative_error, tiny_config
 
 CONFIG = tiny_config().model
 ROWS, TOKENS, ENTRIES = 2, 13, 19
-H, Q, C, NOPE, ROPE, V, D = 3, 16, 20, 5, 6, 7, 24
+H, Q, C, NOPE, ROPE, V, D = 3, 28, 20, 5, 6, 7, 24
 
 
 @pytest.fixture(autouse=True)
