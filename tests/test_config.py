@@ -60,10 +60,16 @@ WRONG = {
     "mesh.data=0": ("mesh.data=0", "> 0"),
     "mesh.pipeline=2": ("mesh.pipeline=2", "not built yet"),
     "mesh.context=2": ("mesh.context=2", "not built yet"),
-    "mesh.data=5": ("train.global_batch=12", "divisible by", "= 5"),
-    "mesh.expert=3": ("model.hidden_size", "model.kv_lora_rank", "model.vocab_size", "= 3"),
+    "mesh.data=5": ("train.global_batch=16", "divisible by", "= 5"),
+    "mesh.expert=3": (
+        "model.hidden_size",
+        "model.q_lora_rank",
+        "model.kv_lora_rank",
+        "model.vocab_size",
+        "= 3",
+    ),
     "train.steps=0": ("train.steps=0", "> 0"),
-    "train.accumulate=5": ("train.global_batch=12", "divisible by train.accumulate=5"),
+    "train.accumulate=5": ("train.global_batch=16", "divisible by train.accumulate=5"),
     "train.eval_batches=-1": ("train.eval_batches=-1", ">= 0"),
     "train.vocab_chunk=0": ("train.vocab_chunk=0", "> 0"),
     "train.sequence_length=2": ("train.sequence_length=2", ">= 3"),
@@ -126,19 +132,23 @@ def _check_shards_one_by_one(parts):
     *fields, allowed = parts
     base = {"hidden_size": 24, "q_lora_rank": 15, "kv_lora_rank": 21, "vocab_size": 45}
     base |= {"n_routed_experts": 9}
-    assert tiny_config(model=base, mesh={"expert": 3}, optim={"balance": {}}).mesh.expert == 3
+
+    def build(**sizes):
+        rest = {"mesh": {"expert": 3}, "optim": {"balance": {}}, "train": {"global_batch": 12}}
+        return tiny_config(model={**base, **sizes}, **rest)
+
+    assert build().mesh.expert == 3
     for field in fields:
-        name = field.removeprefix("model.")
-        with pytest.raises(ConfigError, match=f"{field}=.*divisible by.*{allowed}"):
-            tiny_config(model={**base, name: 26}, mesh={"expert": 3}, optim={"balance": {}})
+        with pytest.raises(ConfigError, match=f"{field}=26.*divisible by.*{allowed}"):
+            build(**{field.removeprefix("model."): 26})
     with pytest.raises(ConfigError, match="n_routed_experts=8.*mesh.expert = 3"):
-        tiny_config(model={**base, "n_routed_experts": 8}, mesh={"expert": 3})
+        build(n_routed_experts=8)
 
 
 def test_a_batch_must_divide_by_mesh_and_accumulation_together():
-    override(tiny_config(), ["mesh.data=2", "train.accumulate=6"])
-    with pytest.raises(ConfigError, match=r"train.global_batch=12.* = 24"):
-        override(tiny_config(), ["mesh.data=2", "mesh.fsdp=2", "train.accumulate=6"])
+    override(tiny_config(), ["mesh.data=2", "train.accumulate=8"])
+    with pytest.raises(ConfigError, match=r"train.global_batch=16.* = 32"):
+        override(tiny_config(), ["mesh.data=2", "mesh.fsdp=2", "train.accumulate=8"])
 
 
 def test_overrides_are_parsed_by_the_field_s_type():
@@ -209,7 +219,7 @@ def test_differences_name_every_leaf_that_changed():
 def test_proxy_ratio_is_of_the_matrix_own_fan_in():
     model = tiny_config().model
     assert ProxyConfig().ratio(model, "hidden_size") == 1
-    proxy = ProxyConfig(hidden_size=6, q_lora_rank=8)
+    proxy = ProxyConfig(hidden_size=6, q_lora_rank=14)
     assert proxy.ratio(model, "hidden_size") == 4
     assert proxy.ratio(model, "q_lora_rank") == 2
     assert proxy.ratio(model, "ffn_hidden_size") == 4, "widths not given count as scaled with it"

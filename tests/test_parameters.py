@@ -89,7 +89,7 @@ def test_rates_of_s_8_are_an_eighth_for_hidden_unembedding_and_router_only():
 
 
 def test_initial_variance_is_divided_by_s_for_hidden_unembedding_and_router_only(values):
-    scaled = tiny_config(model=FLOAT32, proxy={"hidden_size": 3, "q_lora_rank": 4})
+    scaled = tiny_config(model=FLOAT32, proxy={"hidden_size": 3, "q_lora_rank": 7})
     small = _by_path(scale_variance(values, scaled.model, scaled.proxy), is_box)
     for path, box in values.items():
         s = 1 if box.width is None else 4 if box.width == "q_lora_rank" else 8
