@@ -16,7 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from longcat_jax.config import Config, TrainConfig, from_mapping
+from longcat_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, from_mapping
+from longcat_jax.dataclass_mapping import build
 from longcat_jax.model.longcat import Model, init
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import Mesh, make_mesh, parameter_shardings
@@ -130,6 +131,15 @@ class Checkpoints:
             raise self._read_error(step, ValueError(f"{', '.join(missing)}: missing"))
         return dict(found.items())
 
+    def stored_dtypes(self, step: int) -> Any:
+        """Dtype of every parameter of a step, as a tree."""
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                found = reader.metadata(self.directory / str(step) / "params").item_metadata
+            return jax.tree.map(lambda leaf: leaf.dtype, found.tree)
+        except Exception as error:
+            raise self._read_error(step, error) from error
+
     def _write_error(self, error: BaseException) -> CheckpointError:
         intact = ", ".join(map(str, self.steps())) or "none"
         return CheckpointError(
@@ -165,14 +175,31 @@ def locate(path: str | Path) -> tuple[Path, int]:
     return workdir, steps[-1]
 
 
-def saved_config(path: str | Path) -> Config:
-    """The job that a checkpoint belongs to."""
+def _saved(path: str | Path) -> dict[str, Any]:
+    """The `config` item: a whole job, or of a converted checkpoint the section `model` only."""
     workdir, step = locate(path)
-    return from_mapping(Checkpoints(workdir).restore(step, config=None)["config"])
+    return Checkpoints(workdir).restore(step, config=None)["config"]
+
+
+def saved_model_config(path: str | Path) -> ModelConfig:
+    """The model of a checkpoint."""
+    return build(ModelConfig, _saved(path).get("model"), "model")
+
+
+def saved_config(path: str | Path) -> Config:
+    """The job that a checkpoint belongs to.
+
+    Raises:
+      CheckpointError: a converted checkpoint, which no training made.
+    """
+    mapping = _saved(path)
+    if "train" not in mapping:
+        raise CheckpointError(f"{path}: a converted checkpoint; it has no training job of its own")
+    return from_mapping(mapping)
 
 
 def load(path: str | Path, *, mesh: Mesh | None = None) -> Model:
-    """Opens a checkpoint for use, parameters in their stored dtype.
+    """Opens a checkpoint, a training's or a converted one, parameters in their stored dtype.
 
     Args:
       path: a workdir (last checkpoint) or `WORKDIR/checkpoints/STEP`.
@@ -182,18 +209,19 @@ def load(path: str | Path, *, mesh: Mesh | None = None) -> Model:
       CheckpointError: nothing there, or damaged.
     """
     workdir, step = locate(path)
+    config = saved_model_config(path)
     checkpoints = Checkpoints(workdir)
-    config = from_mapping(checkpoints.restore(step, config=None)["config"])
-    boxed = jax.eval_shape(lambda key: init(config.model, key), jax.random.key(0))
-    mesh = mesh or make_mesh(config.mesh.__class__(), jax.devices()[:1])
+    boxed = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        lambda a, dtype, sharding: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding),
         unbox(boxed),
+        checkpoints.stored_dtypes(step),
         parameter_shardings(boxed, mesh),
     )
     params = checkpoints.restore(step, params=abstract)["params"]
     tokenizer = workdir / TOKENIZER
-    return Model(config.model, params, tokenizer if tokenizer.is_file() else None)
+    return Model(config, params, tokenizer if tokenizer.is_file() else None)
 
 
 def write_json(path: Path, value: Any) -> None:

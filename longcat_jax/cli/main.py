@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "report": "plots and final figures of a run, one html and one png",
     "prepare": "turn text files into tokenized training data",
+    "convert": "HuggingFace checkpoints to ours and back",
     "plan": "parameters, memory and work of a configuration, without running it",
 }
 EXAMPLE = "longcat train --config=configs/quickstart.py --workdir=runs/quickstart"
