@@ -21,6 +21,11 @@ from longcat_jax.dataclass_mapping import to_mapping as to_mapping
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("wsd", "cosine")
+SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "q_lora_rank")
+SHAPE_FIELDS += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+SHAPE_FIELDS += ("ffn_hidden_size", "expert_ffn_hidden_size", "n_routed_experts")
+SHAPE_FIELDS += ("zero_expert_num", "num_nextn_predict_layers")
+"""Fields of `ModelConfig` that parameters depend on."""
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert")
 
 
@@ -334,6 +339,10 @@ class OptimConfig:
     z_weight: float = 1e-6
     balance: BalanceConfig = BalanceConfig()
     pid: PidConfig = PidConfig()
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by shell patterns on their paths (docs/ARCHITECTURE.md):
+    `("*/experts/*", "layers/mlp/router/*", "embed_tokens")`.
+    """
 
     def __post_init__(self) -> None:
         _positive("optim", self, "learning_rate", "eps", "clip_norm")
@@ -424,7 +433,9 @@ class Config:
     proxy: ProxyConfig = ProxyConfig()
     seed: int = 0
     init_from: str = ""
-    """A checkpoint whose parameters training starts from (fresh optimizer)."""
+    """A checkpoint, trained or converted, whose parameters training starts from (fresh optimizer).
+    The command line takes `model` from it, too.
+    """
 
     def __post_init__(self) -> None:
         self._check_batch()

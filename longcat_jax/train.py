@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from longcat_jax import data, workdir
-from longcat_jax.checkpoint import TOKENIZER, Checkpoints, load, locate
-from longcat_jax.config import Config, ConfigError, differences, to_mapping
+from longcat_jax.checkpoint import TOKENIZER, Checkpoints, load, locate, saved_model_config
+from longcat_jax.config import SHAPE_FIELDS, Config, ConfigError, differences, to_mapping
 from longcat_jax.evaluate import METRIC, compile_evaluation, evaluate, token_sizes
 from longcat_jax.metrics import (
     METRICS_FILE,
@@ -32,9 +32,11 @@ from longcat_jax.metrics import (
 )
 from longcat_jax.model import count
 from longcat_jax.optim import schedules
+from longcat_jax.optim.frozen import frozen_mask
 from longcat_jax.sharding import Mesh, batch_sharding, make_mesh
 from longcat_jax.train_step import (
     TrainState,
+    abstract_boxes,
     abstract_state,
     compile_train_step,
     init_state,
@@ -76,7 +78,6 @@ class Trainer:
         self.state, self.step = self._start()
         self.recent = deque(_losses_so_far(directory, self.step), maxlen=LOSS_WINDOW)
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        self.run_step = self._compile()
         self.evaluate_batch = compile_evaluation(config)
         self.watch = jax.jit(lambda params, batch: router_watch(params, batch, config=config))
         self.rate = schedules.learning_rate(config.optim, config.train.steps)
@@ -117,13 +118,13 @@ class Trainer:
 
     def loop(self, *, stop_asked: Callable[[], bool], profile: tuple[int, int] | None) -> None:
         """Runs to train.steps, or to the step at which `stop_asked` says so."""
-        settings = self.config.train
+        settings, run_step = self.config.train, self._compile()
         progress = _Progress(time.perf_counter())
         with contextlib.ExitStack() as tracing:
             while self.step < settings.steps:
                 if profile and self.step == profile[0]:
                     tracing.enter_context(_trace(self.directory / "profile"))
-                self._one_step(progress)
+                self._one_step(run_step, progress)
                 if profile and self.step == profile[1]:
                     jax.block_until_ready(self.state)
                     tracing.close()
@@ -137,11 +138,11 @@ class Trainer:
                 if last:
                     break
 
-    def _one_step(self, progress: _Progress) -> None:
+    def _one_step(self, run_step: Callable, progress: _Progress) -> None:
         before = time.perf_counter()
         batch = next(self.iterator)
         progress.waited += time.perf_counter() - before
-        self.state, metrics = self.run_step(self.state, self._on_mesh(batch), self.token_bytes)
+        self.state, metrics = run_step(self.state, self._on_mesh(batch), self.token_bytes)
         self.step += 1
         progress.steps += 1
         self.pending.append((self.step, metrics))
@@ -249,19 +250,28 @@ class Trainer:
 def _new_state(config: Config, mesh: Mesh) -> TrainState:
     if not config.init_from:
         return init_state(config, mesh)
-    model = load(config.init_from, mesh=mesh)
-    changed = differences(to_mapping(model.config), to_mapping(config.model), "model")
+    return state_from_params(config, mesh, load(config.init_from, mesh=mesh).params)
+
+
+def _from_checkpoint(config: Config) -> Config:
+    """A job that starts from a checkpoint must fit it, and reads text with its tokenizer.
+
+    Raises:
+      ConfigError: a model of other shapes.
+    """
+    if not config.init_from:
+        return config
+    model = saved_model_config(config.init_from)
+    shapes = tuple(f"model.{name}: " for name in SHAPE_FIELDS)
+    changed = [
+        line
+        for line in differences(to_mapping(model), to_mapping(config.model), "model")
+        if line.startswith(shapes)
+    ]
     if changed:
         raise ConfigError(f"init_from={config.init_from!r}: another model ({'; '.join(changed)})")
-    return state_from_params(config, mesh, model.params)
-
-
-def _with_tokenizer(config: Config) -> Config:
-    """A job that starts from a checkpoint reads text with that checkpoint's tokenizer."""
-    if not config.init_from or config.data.tokenizer:
-        return config
     tokenizer = locate(config.init_from)[0] / TOKENIZER
-    if not tokenizer.is_file():
+    if config.data.tokenizer or not tokenizer.is_file():
         return config
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer))
@@ -337,16 +347,18 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
       CheckpointError: a checkpoint that cannot be read or written.
       TrainingStopped: a loss that is not finite, or a spike.
     """
-    config = _with_tokenizer(config)
+    config = _from_checkpoint(config)
+    frozen_mask(abstract_boxes(config), config.optim.freeze)  # refuses before anything is written
     mesh = make_mesh(config.mesh)
     with workdir.locked(directory), jax.set_mesh(mesh), _signals() as stop_asked:
         workdir.claim(directory, config)
         print(describe(config, mesh), flush=True)
         trainer = Trainer(config, directory, mesh)
-        if trainer.step == config.train.steps:
-            print(f"{directory}: already trained to step {trainer.step}", flush=True)
         try:
-            trainer.loop(stop_asked=stop_asked, profile=profile)
+            if trainer.step < config.train.steps:
+                trainer.loop(stop_asked=stop_asked, profile=profile)
+            else:
+                print(f"{directory}: already trained to step {trainer.step}", flush=True)
         except BaseException:
             with contextlib.suppress(OSError, ValueError):  # the first error is the one to tell
                 trainer.close()

@@ -28,6 +28,7 @@ from longcat_jax.losses import (
 )
 from longcat_jax.model import longcat
 from longcat_jax.optim.chain import make_optimizer
+from longcat_jax.optim.frozen import frozen_mask, stop_frozen_gradients
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import BATCH_AXES, parameter_shardings
 
@@ -93,17 +94,25 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def state_from_params(config: Config, mesh: Mesh, params: Any) -> TrainState:
-    """A new run's state around given parameters (fine-tuning): fresh optimizer, step 0."""
+    """A new run's state around given parameters of any dtype (fine-tuning): fresh optimizer, step
+    0.
+    """
     boxed = abstract_boxes(config)
-    return jax.jit(
-        lambda p: _fresh_state(config, boxed, p), out_shardings=state_shardings(config, mesh)
-    )(params)
+
+    def make(given: Any) -> TrainState:
+        master = jax.tree.map(lambda p, own: p.astype(own.dtype), given, unbox(boxed))
+        return _fresh_state(config, boxed, master)
+
+    return jax.jit(make, out_shardings=state_shardings(config, mesh))(params)
 
 
 def _gradients(
     params: Any, config: Config, batch: Batch, totals: Denominators
 ) -> tuple[LossTerms, RouterCounts, Any]:
+    frozen = frozen_mask(abstract_boxes(config), config.optim.freeze)
+
     def objective(p: Any) -> tuple[jax.Array, tuple[LossTerms, RouterCounts]]:
+        p = stop_frozen_gradients(p, frozen)
         terms, counts = loss_terms(p, config, batch, totals)
         return total_loss(terms, config), (terms, counts)
 

@@ -12,6 +12,9 @@ from longcat_jax import config as config_lib
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> config_lib.Config:
     """`path` validated, with `PATH=VALUE` overrides applied.
 
+    A job that starts from a checkpoint (`init_from`) has that checkpoint's model, whatever the
+    file's section `model` says; overrides still apply.
+
     Args:
       path: a .py file whose `get_config()` returns a mapping such as ml_collections.ConfigDict, or
         a .json file as a workdir holds it.
@@ -31,11 +34,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> config_lib.C
     if not hasattr(mapping, "items"):
         kind = type(mapping).__name__
         raise config_lib.ConfigError(f"{path}: holds one {kind}, not a mapping of sections")
+    mapping = dict(mapping.items())
+    start = _init_from(mapping, overrides)
+    if start:
+        from longcat_jax.checkpoint import saved_model_config  # brings jax: only where needed
+
+        mapping["model"] = saved_model_config(start)
     try:
         config = config_lib.from_mapping(mapping)
     except config_lib.ConfigError as error:
         raise config_lib.ConfigError(f"{path}: {error}") from error
     return config_lib.override(config, overrides)
+
+
+def _init_from(mapping: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """The checkpoint that training starts from, whose model the file's section gives way to."""
+    given = [text.partition("=")[2] for text in overrides if text.startswith("init_from=")]
+    return given[-1] if given else mapping.get("init_from") or ""
 
 
 def _read_text(path: Path) -> str:
