@@ -45,7 +45,7 @@ setup(
             "jax-cuda12-pjrt>=0.11.2,<0.12",
             "nvidia-cuda-nvcc-cu12>=12.6.85",
         ],
-        "test": ["pytest>=9.0"],
+        "test": ["pytest>=9.0", "pytest-xdist>=3.8"],
         # The formatter's output changes between minor versions: CI and contributors share one.
         "dev": ["ruff>=0.17.6,<0.18", "pre-commit>=4.0"],
     },

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
                 log_every=20,
                 eval_every=140,
                 checkpoint_every=140,
+                remat="full",  # on a CPU making activations again is quicker than storing them
             ),
             optim=dict(
                 learning_rate=8e-3,

@@ -36,7 +36,8 @@ def _first_line(error: BaseException) -> str:
     """What went wrong, without the tracebacks that storage layers put into their messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    # The cause stands last, behind a chain of paths.
+    return text if len(text) <= 240 else f"{text[:100]} ... {text[-130:]}"
 
 
 class Checkpoints:

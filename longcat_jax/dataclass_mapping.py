@@ -119,7 +119,10 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
             check_known(path, name, node)
             kind = typing.get_type_hints(kind)[name] if dataclasses.is_dataclass(kind) else None
             if not isinstance(node[name], dict):
-                raise ConfigError(f"{path}: {'.'.join(parents[: depth + 1])} has no fields")
+                section = ".".join(parents[: depth + 1])
+                raise ConfigError(
+                    f"{path}: {section} is {node[name]!r} and has no fields; set it as a whole"
+                )
             node = node[name]
         if dataclasses.is_dataclass(kind):
             check_known(path, leaf, node)

@@ -103,7 +103,7 @@ WRONG = {
     "optim.pid.kq=3": ("optim.pid.kq", "known: every, kd, kp, mu, mu_final"),
     "modle.hidden_size=3": ("modle.hidden_size", "did you mean 'model'"),
     "zzz=3": ("zzz: unknown name", "known: data, init_from, mesh"),
-    "seed.low=3": ("seed has no fields",),
+    "seed.low=3": ("seed is 0 and has no fields",),
     "train.steps=5.0": ("train.steps=5.0", "type int, not float"),
     "train.steps=True": ("train.steps=True", "type int, not bool"),
     "train.steps": ("train.steps=''", "type int, not str"),

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from longcat_jax import data
 from longcat_jax.checkpoint import CheckpointError, Checkpoints, load
@@ -40,17 +42,32 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """These tests don't time anything; results stay deterministic."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Compiles quickly, and each program once for all runs and processes of this file.
+
+    The cache is born and dies here, so every program in it comes from the code under test. The
+    environment for processes of their own is returned.
+    """
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def job(corpus: Path, **train_settings: int | float) -> Config:
-    settings = dict(global_batch=4, sequence_length=16, log_every=5, eval_every=10, eval_batches=2)
-    settings |= dict(steps=20, checkpoint_every=10, keep_last=5) | train_settings
+    settings = dict(global_batch=4, sequence_length=16, log_every=1, eval_every=20, eval_batches=2)
+    settings |= dict(steps=60, checkpoint_every=10, keep_last=9) | train_settings
     return from_mapping(
         dict(
             model={**SIZES, "vocab_size": 300, "dtype": "float32"},
@@ -59,6 +76,27 @@ def job(corpus: Path, **train_settings: int | float) -> Config:
             data=dict(sources=dict(text=str(corpus))),
         )
     )
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of an uninterrupted run of `job(corpus)`; tests copy what they change."""
+    workdir = tmp_path_factory.mktemp("trained")
+    train(job(corpus), workdir)
+    return workdir
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained`."""
+    return Path(shutil.copytree(trained, tmp_path / "copied"))
+
+
+def back_to(workdir: Path, step: int) -> None:
+    """Makes a workdir what it was when it had just saved this step."""
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
 
 
 def assert_same_run(first: Path, second: Path, step: int) -> None:
@@ -86,32 +124,16 @@ def raw(workdir: Path, step: int, item: str) -> object:
         return reader.restore(folder)
 
 
-def command(workdir: Path, config: Config, tmp_path: Path) -> list[str]:
-    path = tmp_path / "job.json"
+def start(workdir: Path, config: Config, settings: dict[str, str]) -> subprocess.Popen:
+    """A training process of its own that has done its first step."""
+    path = workdir.with_suffix(".json")
     path.write_text(json.dumps(to_mapping(config)))
-    return [
-        sys.executable,
-        "-m",
-        "longcat_jax",
-        "train",
-        f"--config={path}",
-        f"--workdir={workdir}",
-    ]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def start(workdir: Path, config: Config, tmp_path: Path, **options: object) -> subprocess.Popen:
-    """A training process of its own that has done its first steps."""
     process = subprocess.Popen(
-        command(workdir, config, tmp_path),
+        [sys.executable, "-m", "longcat_jax", "train", f"--config={path}", f"--workdir={workdir}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
-        **options,
+        env=os.environ | settings | {"PYTHONUNBUFFERED": "1"},
     )
     for line in process.stdout:
         if line.startswith("step ") and "/" in line:
@@ -119,65 +141,70 @@ def start(workdir: Path, config: Config, tmp_path: Path, **options: object) -> s
     raise AssertionError(f"ended early with {process.wait()}")
 
 
-def test_killed_three_times_equals_uninterrupted(corpus: Path, tmp_path: Path) -> None:
-    config = job(corpus, steps=120, eval_every=40, checkpoint_every=10, log_every=1)
-    train(config, tmp_path / "whole")
+def test_killed_three_times_equals_uninterrupted(
+    corpus: Path, trained: Path, tmp_path: Path, compiled_once: dict[str, str]
+) -> None:
     rng, kills = random.Random(), 0
     for _ in range(3):
-        process = start(tmp_path / "killed", config, tmp_path)
-        time.sleep(rng.uniform(0.05, 0.6))
+        process = start(tmp_path / "killed", job(corpus), compiled_once)
+        time.sleep(rng.uniform(0, 2))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
         process.stdout.close()
     assert kills > 0, "every process ended before it was killed: the test tests nothing"
-    train(config, tmp_path / "killed")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 120)
+    train(job(corpus), tmp_path / "killed")
+    assert_same_run(trained, tmp_path / "killed", 60)
 
 
-def test_the_same_command_twice_is_bit_equal_and_a_third_does_nothing(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_the_same_command_twice_is_bit_equal_with_a_profile_too(
+    corpus: Path, trained: Path, tmp_path: Path
 ) -> None:
-    config = job(corpus)
-    for name in ("a", "b"):
-        train(config, tmp_path / name)
-    assert_same_run(tmp_path / "a", tmp_path / "b", 20)
-    before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
-    capsys.readouterr()
-    train(config, tmp_path / "a")
+    train(job(corpus), tmp_path / "again", profile=(1, 3))
+    assert_same_run(trained, tmp_path / "again", 60)
+    assert list((tmp_path / "again" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_finished_run_is_left_alone_but_may_be_kept_differently(
+    corpus: Path, copied: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = (copied / "metrics.jsonl").read_bytes()
+    train(job(corpus, log_every=7), copied)
     assert "already trained" in capsys.readouterr().out
-    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
+    assert (copied / "metrics.jsonl").read_bytes() == before
+    assert json.loads((copied / "config.json").read_text())["train"]["log_every"] == 7
 
 
-def test_log_has_what_it_promises(corpus: Path, tmp_path: Path) -> None:
-    train(job(corpus), tmp_path)
-    lines = read_metrics(tmp_path)
+def test_log_has_what_it_promises(trained: Path) -> None:
+    lines = read_metrics(trained)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, 21))
-    assert [line["step"] for line in evaluations] == [10, 20]
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    assert [line["step"] for line in evaluations] == [20, 40, 60]
     wanted = "loss_total mtp_loss balance_loss z_loss grad_norm learning_rate pid_mu bits_per_byte"
     wanted += " experts_per_token experts_per_token_std max_load max_load_mean"
     for name in (*wanted.split(), *TIMES):
         assert all(isinstance(line[name], float) for line in steps), name
     assert all(0 <= line["input_wait"] < 1 for line in steps)
     assert len(evaluations[0]["router/cosine"]) == SIZES["num_layers"]
-    loads = [json.loads(x) for x in (tmp_path / "expert_load.jsonl").read_text().splitlines()]
+    loads = [json.loads(x) for x in (trained / "expert_load.jsonl").read_text().splitlines()]
     assert np.allclose(np.sum(loads[-1]["load"], axis=-1), 1)
     assert len(loads[-1]["real_experts_histogram"]) == SIZES["moe_topk"] + 1
-    assert any((tmp_path / "tensorboard").iterdir())
+    assert any((trained / "tensorboard").iterdir())
 
 
-def test_keeps_the_last_and_the_best(corpus: Path, tmp_path: Path) -> None:
-    config = job(corpus, steps=40, keep_last=1, keep_best=1, eval_every=10, checkpoint_every=10)
-    train(config, tmp_path)
-    evaluated = {x["step"]: x["eval/loss"] for x in read_metrics(tmp_path) if "eval/loss" in x}
+def test_keeps_the_last_and_the_best(corpus: Path, copied: Path) -> None:
+    back_to(copied, 50)
+    train(job(corpus, keep_last=1, keep_best=1), copied)
+    evaluated = {x["step"]: x["eval/loss"] for x in read_metrics(copied) if "eval/loss" in x}
     best = min(evaluated, key=evaluated.get)
-    assert Checkpoints(tmp_path).steps() == sorted({best, 40})
+    assert Checkpoints(copied).steps() == sorted({best, 60})
 
 
-def test_sigterm_saves_and_exits_cleanly(corpus: Path, tmp_path: Path) -> None:
-    config = job(corpus, steps=100_000, eval_every=100_000, checkpoint_every=100_000, log_every=1)
-    process = start(tmp_path / "run", config, tmp_path)
+def test_sigterm_saves_and_exits_cleanly(
+    corpus: Path, tmp_path: Path, compiled_once: dict[str, str]
+) -> None:
+    config = job(corpus, steps=100_000, eval_every=100_000, checkpoint_every=100_000)
+    process = start(tmp_path / "run", config, compiled_once)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -187,41 +214,33 @@ def test_sigterm_saves_and_exits_cleanly(corpus: Path, tmp_path: Path) -> None:
     load(tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+def test_a_loss_that_is_not_finite_stops_and_nothing_of_it_is_saved(
     corpus: Path, tmp_path: Path
 ) -> None:
-    good = job(corpus, steps=30, checkpoint_every=10)
-    train(good, tmp_path / "good")
-    exploding = dataclasses.replace(
-        good, optim=dataclasses.replace(good.optim, learning_rate=1e30, warmup_steps=0)
-    )
+    config = job(corpus)
+    optim = dataclasses.replace(config.optim, learning_rate=1e30, warmup_steps=0)
     with pytest.raises(TrainingStopped, match="not finite; no checkpoint yet"):
-        train(exploding, tmp_path / "bad")
-    assert Checkpoints(tmp_path / "bad").steps() == []
+        train(dataclasses.replace(config, optim=optim), tmp_path)
+    assert Checkpoints(tmp_path).steps() == []
 
 
-def test_a_loss_spike_stops_with_the_checkpoint_named(corpus: Path, tmp_path: Path) -> None:
-    config = job(corpus, steps=200, checkpoint_every=50, eval_every=200, max_loss_rise=0.01)
-    with pytest.raises(TrainingStopped, match="max_loss_rise=0.01.*checkpoint of step .* intact"):
-        train(config, tmp_path)
+def test_a_loss_spike_stops_with_the_checkpoint_named(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longcat_jax.train.LOSS_WINDOW", 15)
+    with pytest.raises(
+        TrainingStopped, match="max_loss_rise=1e-06.*checkpoint of step .0 is intac"
+    ):
+        train(job(corpus, max_loss_rise=1e-6), tmp_path)
     load(tmp_path)
 
 
-def test_a_workdir_of_another_config_is_refused_and_left_alone(
-    corpus: Path, tmp_path: Path
-) -> None:
-    train(job(corpus), tmp_path)
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+def test_a_workdir_of_another_config_is_refused_and_left_alone(corpus: Path, copied: Path) -> None:
+    before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}
     other = dataclasses.replace(job(corpus), seed=7)
     with pytest.raises(ConfigError, match=r"another config \(seed: 0 -> 7\)"):
-        train(other, tmp_path)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-def test_keys_that_change_nothing_learnt_may_change(corpus: Path, tmp_path: Path) -> None:
-    train(job(corpus), tmp_path)
-    train(job(corpus, log_every=1), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["train"]["log_every"] == 1
+        train(other, copied)
+    assert {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()} == before
 
 
 def test_a_workdir_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -230,65 +249,61 @@ def test_a_workdir_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_truncated_checkpoint_is_named_and_the_earlier_one_loads(
-    corpus: Path, tmp_path: Path
+    corpus: Path, copied: Path
 ) -> None:
-    train(job(corpus), tmp_path)
-    for path in (tmp_path / "checkpoints" / "20" / "params").rglob("*"):
+    for path in (copied / "checkpoints" / "60" / "params").rglob("*"):
         if path.is_file() and path.stat().st_size > 100:
             os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"20: cannot be read \(.*\); remove it .* step 10"):
-        train(job(corpus), tmp_path)
-    load(tmp_path / "checkpoints" / "10")
+    with pytest.raises(CheckpointError, match=r"60: cannot be read \(.*\); remove it .* step 50"):
+        train(job(corpus), copied)
+    load(copied / "checkpoints" / "50")
 
 
+# Orbax abandons coroutines of a failed save; closing them later finds their loop gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = Checkpoints.save
 
     def save_on_a_disk_that_fills_up(self: Checkpoints, step: int, **items: object) -> None:
         # A file size limit makes the system refuse writes as a full disk does.
-        if step == 20:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
         save(self, step, **items)
         self.wait()
 
+    back_to(copied, 50)
     monkeypatch.setattr(Checkpoints, "save", save_on_a_disk_that_fills_up)
     try:
-        with pytest.raises(CheckpointError, match=r"could not be written .*; intact: 10$"):
-            train(job(corpus, steps=30), tmp_path)
+        with pytest.raises(CheckpointError, match=r"could not be written .*; intact: 10, .*, 50$"):
+            train(job(corpus), copied)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert Checkpoints(tmp_path).steps() == [10]
-    load(tmp_path)
+    assert Checkpoints(copied).steps()[-1] == 50
+    load(copied)
 
 
 def test_fine_tuning_starts_from_a_checkpoint_and_refuses_another_shape(
-    corpus: Path, tmp_path: Path
+    corpus: Path, trained: Path, tmp_path: Path
 ) -> None:
-    train(job(corpus), tmp_path / "base")
-    tuned = dataclasses.replace(job(corpus, steps=2), init_from=str(tmp_path / "base"))
-    tuned = dataclasses.replace(tuned, optim=dataclasses.replace(tuned.optim, learning_rate=1e-9))
+    tuned = dataclasses.replace(job(corpus), init_from=str(trained))
     train(tuned, tmp_path / "tuned")
-    before, after = load(tmp_path / "base").params, load(tmp_path / "tuned").params
-    np.testing.assert_allclose(before["lm_head"], after["lm_head"], atol=1e-7)
+    first, before, last = (
+        read_metrics(tmp_path / "tuned")[0]["loss"],
+        read_metrics(trained)[0]["loss"],
+        min(line["loss"] for line in read_metrics(trained) if "loss" in line),
+    )
+    assert abs(first - last) < 0.2 * (before - last)
     wider = dataclasses.replace(tuned, model=dataclasses.replace(tuned.model, hidden_size=32))
     with pytest.raises(ConfigError, match=r"another model \(model.hidden_size: 24 -> 32\)"):
         train(wider, tmp_path / "wider")
 
 
-def test_trains_on_a_mesh_and_resumes_on_another(corpus: Path, tmp_path: Path) -> None:
-    config = job(corpus)
-    train(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2)), tmp_path / "mesh")
-    train(config, tmp_path / "one")
-    meshed, single = (
-        [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line]
-        for name in ("mesh", "one")
+def test_resumes_on_a_mesh_of_four_devices(corpus: Path, trained: Path, copied: Path) -> None:
+    back_to(copied, 50)
+    train(dataclasses.replace(job(corpus), mesh=MeshConfig(data=2, fsdp=2)), copied)
+    losses, alone = (
+        [line["loss"] for line in read_metrics(workdir) if "loss" in line]
+        for workdir in (copied, trained)
     )
-    np.testing.assert_allclose(meshed, single, rtol=2e-4)
-    train(dataclasses.replace(config, mesh=MeshConfig(fsdp=4)), tmp_path / "mesh")
-
-
-def test_profile_is_written(corpus: Path, tmp_path: Path) -> None:
-    train(job(corpus, steps=4), tmp_path, profile=(1, 3))
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    np.testing.assert_allclose(losses, alone, rtol=1e-3)

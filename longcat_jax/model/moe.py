@@ -1,9 +1,9 @@
 """Mixture of real and identity ("zero-computation") experts (section 2.1.1).
 
 Identity experts return their input: their summed gates scale the token where it stands. They take
-no row of the grouped GEMM, no gather and, when sharded, no communication. Real experts' rows are
-put in order of expert, multiplied, and summed back through the inverse permutation in fixed order:
-gathers only, in both directions.
+no row of the grouped GEMM and, when sharded, no communication. Real experts' rows are put in order
+of expert, multiplied, and summed back through the inverse permutation in fixed order: gathers only,
+in both directions.
 
 B batch, T tokens (B * T in the pure functions), D model, X real experts, F expert width, K
 selections, R = T * K rows.
