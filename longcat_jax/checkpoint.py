@@ -26,6 +26,7 @@ FOLDER = "checkpoints"
 TOKENIZER = "tokenizer.json"
 ITEMS = ("params", "optimizer", "data", "config")
 METRIC = "eval/loss"
+CHUNK_BYTES = 64 << 20
 
 
 class CheckpointError(ValueError):
@@ -38,6 +39,13 @@ def _first_line(error: BaseException) -> str:
     text = lines[0] if lines else type(error).__name__
     # The cause stands last, behind a chain of paths.
     return text if len(text) <= 240 else f"{text[:100]} ... {text[-130:]}"
+
+
+def _chunks(array: jax.Array) -> ocp.SaveArgs:
+    """How a parameter is cut in storage: stacked matrices one by one, as `longcat convert to_hf`
+    reads them.
+    """
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(array.ndim - 2)))
 
 
 class Checkpoints:
@@ -85,7 +93,7 @@ class Checkpoints:
         before this one, or the start of this one, failed.
         """
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
+            params=ocp.args.StandardSave(params, save_args=jax.tree.map(_chunks, params)),
             optimizer=ocp.args.StandardSave(optimizer),
             data=ocp.args.JsonSave(dict(data)),
             config=ocp.args.JsonSave(dict(config)),
@@ -187,16 +195,10 @@ def saved_model_config(path: str | Path) -> ModelConfig:
     return build(ModelConfig, _saved(path).get("model"), "model")
 
 
-def saved_config(path: str | Path) -> Config:
-    """The job that a checkpoint belongs to.
-
-    Raises:
-      CheckpointError: a converted checkpoint, which no training made.
-    """
+def saved_config(path: str | Path) -> Config | None:
+    """The job that a checkpoint belongs to; None for a converted one, which no training made."""
     mapping = _saved(path)
-    if "train" not in mapping:
-        raise CheckpointError(f"{path}: a converted checkpoint; it has no training job of its own")
-    return from_mapping(mapping)
+    return from_mapping(mapping) if "train" in mapping else None
 
 
 def load(path: str | Path, *, mesh: Mesh | None = None) -> Model:

@@ -4,7 +4,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from longcat_jax.config import Config
+from longcat_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
+
+LENGTH = 2048
+"""Tokens a row where the checkpoint doesn't say."""
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -20,7 +23,17 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+def _evaluation_of(model: ModelConfig) -> Config:
+    """A job for a converted checkpoint, which has none; only what evaluation reads of it counts."""
+    rows = TrainConfig(
+        steps=1, global_batch=8, sequence_length=min(model.max_position_embeddings, LENGTH)
+    )
+    return Config(model, rows, OptimConfig(learning_rate=1.0))
+
+
 def _on_other_data(config: Config, path: str, tokenizer: Path) -> Config:
+    if not tokenizer.is_file():
+        raise ValueError(f"{tokenizer}: not there; without it text has no tokens")
     source = dataclasses.replace(
         config.data, sources={"data": path}, stages=(), tokenizer=str(tokenizer)
     )
@@ -37,7 +50,11 @@ def run(args: argparse.Namespace) -> None:
     from longcat_jax import evaluate as evaluation
 
     directory, step = checkpoint.locate(args.checkpoint)
-    config, model = checkpoint.saved_config(args.checkpoint), checkpoint.load(args.checkpoint)
+    config = checkpoint.saved_config(args.checkpoint)
+    if config is None and not args.data:
+        raise ValueError(f"{args.checkpoint}: a converted checkpoint has no data; name --data")
+    model = checkpoint.load(args.checkpoint)
+    config = config or _evaluation_of(model.config)
     folder = directory / workdir.DATA
     if args.data:
         config = _on_other_data(config, args.data, directory / checkpoint.TOKENIZER)
