@@ -51,18 +51,40 @@ def require_integer(operator: str, **arrays: jax.Array) -> None:
         )
 
 
+def on_hopper() -> bool:
+    """Whether the default backend is a GPU with Hopper's instructions (compute capability 9.0)."""
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.local_devices()[0], "compute_capability", "") == "9.0"
+
+
+def require_hopper(operator: str) -> None:
+    """Raises ValueError if programs run on a GPU that Mosaic's kernels can't run on.
+
+    Without any GPU it passes: kernels are lowered for other machines and interpreted there.
+    """
+    require(
+        jax.default_backend() != "gpu" or on_hopper(),
+        f'{operator}: implementation="mosaic" needs a GPU of compute capability 9.0 (Hopper), this '
+        "is another one; choose None or 'reference'",
+    )
+
+
 def select(
-    operator: str, implementation: str | None, available: Mapping[str, Callable[..., Any]]
+    operator: str,
+    implementation: str | None,
+    available: Mapping[str, Callable[..., Any]],
+    *,
+    best: str = "reference",
 ) -> Callable[..., Any]:
-    """The implementation called `implementation`; for None the reference, which runs everywhere.
+    """The implementation called `implementation`, or the one called `best` for None.
 
     Raises ValueError for a name that is not in `available`.
     """
-    if implementation is None:
-        return available["reference"]
+    name = best if implementation is None else implementation
     require(
-        implementation in available,
-        f"{operator}: implementation={implementation!r} is not available, choose None or one of "
+        name in available,
+        f"{operator}: implementation={name!r} is not available, choose None or one of "
         f"{', '.join(map(repr, available))}",
     )
-    return available[implementation]
+    return available[name]

@@ -4,11 +4,34 @@ R rows, K contracted width, N output width, G groups.
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import _common
 from pallas_kernels.grouped_gemm import reference
 
-_IMPLEMENTATIONS = {"reference": reference.grouped_gemm}
+_MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
+_MOSAIC_MULTIPLE = 64  # of the widths: a swizzled row of shared memory
+
+
+def _mosaic(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    from pallas_kernels.grouped_gemm import mosaic  # Pallas is only imported where it is used
+
+    name = "grouped_gemm"
+    _common.require_hopper(name)
+    _common.require(
+        _mosaic_fits(lhs_RK, rhs_GKN),
+        f'{name}: implementation="mosaic" takes bfloat16 or float16 and widths that are multiples '
+        f"of {_MOSAIC_MULTIPLE}, got {lhs_RK.dtype}, {rhs_GKN.shape[1]} and {rhs_GKN.shape[2]}",
+    )
+    return mosaic.grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G)
+
+
+def _mosaic_fits(lhs_RK: jax.Array, rhs_GKN: jax.Array) -> bool:
+    widths = rhs_GKN.shape[1:]
+    return lhs_RK.dtype in _MOSAIC_DTYPES and all(w % _MOSAIC_MULTIPLE == 0 for w in widths)
+
+
+_IMPLEMENTATIONS = {"reference": reference.grouped_gemm, "mosaic": _mosaic}
 
 
 def grouped_gemm(
@@ -30,7 +53,8 @@ def grouped_gemm(
       rhs_GKN: one matrix per group, dtype of lhs.
       group_sizes_G: rows per group, integers >= 0 whose sum is at most R (not checked: values are
         traced).
-      implementation: None for the platform's best, or "reference".
+      implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths that are multiples
+        of 64; None for "mosaic" where it runs and "reference" elsewhere.
 
     Returns:
       [R, N] in the dtype of lhs.
@@ -53,4 +77,6 @@ def grouped_gemm(
         f"{name}: rhs_GKN has {rhs_GKN.shape[0]} groups, group_sizes_G {group_sizes_G.shape[0]}; "
         "both must be the same, at least 1",
     )
-    return _common.select(name, implementation, _IMPLEMENTATIONS)(lhs_RK, rhs_GKN, group_sizes_G)
+    best = "mosaic" if _common.on_hopper() and _mosaic_fits(lhs_RK, rhs_GKN) else "reference"
+    run = _common.select(name, implementation, _IMPLEMENTATIONS, best=best)
+    return run(lhs_RK, rhs_GKN, group_sizes_G)

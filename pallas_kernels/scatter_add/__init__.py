@@ -1,11 +1,59 @@
 """Deterministic scatter-add: rows summed by id, in a fixed order. R rows, D width, N = num_rows."""
 
+import functools
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import _common
 from pallas_kernels.scatter_add import reference
 
-_IMPLEMENTATIONS = {"reference": reference.scatter_add}
+_MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_MOSAIC_MULTIPLE = 128  # of the width: one column to a thread
+
+
+def _mosaic(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
+    from pallas_kernels.scatter_add import mosaic  # Pallas is only imported where it is used
+
+    return mosaic.sum_by_id(values_RD, ids_R, num_rows)
+
+
+def _mosaic_fits(values_RD: jax.Array) -> bool:
+    return values_RD.dtype in _MOSAIC_DTYPES and values_RD.shape[1] % _MOSAIC_MULTIPLE == 0
+
+
+_IMPLEMENTATIONS = {"reference": reference.sum_by_id, "mosaic": _mosaic}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _scatter_add(
+    sum_by_id: Callable[..., jax.Array], values_RD: jax.Array, ids_R: jax.Array, num_rows: int
+) -> jax.Array:
+    return sum_by_id(values_RD, ids_R, num_rows)
+
+
+def _forward(
+    sum_by_id: Callable[..., jax.Array], values_RD: jax.Array, ids_R: jax.Array, num_rows: int
+) -> tuple[jax.Array, tuple[jax.Array, np.ndarray]]:
+    return sum_by_id(values_RD, ids_R, num_rows), (ids_R, np.empty(0, values_RD.dtype))
+
+
+def _backward(
+    sum_by_id: Callable[..., jax.Array],
+    num_rows: int,
+    residuals: tuple[jax.Array, np.ndarray],
+    dout_ND: jax.Array,
+) -> tuple[jax.Array, None]:
+    del sum_by_id
+    ids_R, like_values = residuals
+    ids_R = jnp.where(ids_R < 0, num_rows, ids_R)  # a negative index would count from the end
+    dvalues_RD = dout_ND.at[ids_R].get(mode="fill", fill_value=0)
+    return dvalues_RD.astype(like_values.dtype), None
+
+
+_scatter_add.defvjp(_forward, _backward)
 
 
 def scatter_add(
@@ -24,7 +72,9 @@ def scatter_add(
       values_RD: rows.
       ids_R: integer destination of each row; a row with an id outside [0, num_rows) is dropped.
       num_rows: number of destinations, static.
-      implementation: None for the platform's best, or "reference".
+      implementation: "reference"; "mosaic" for Hopper, dtypes up to float32 and widths that are
+        multiples of 128; None for "mosaic" where it runs and "reference" elsewhere. The two add in
+        different orders.
 
     Returns:
       [num_rows, D] in float32, or float64 for float64 values: the dtype the sums ran in.
@@ -42,4 +92,14 @@ def scatter_add(
         f"{name}: values_RD has {values_RD.shape[0]} rows, ids_R {ids_R.shape[0]}",
     )
     _common.require(num_rows > 0, f"{name}: num_rows is {num_rows}, expected at least 1")
-    return _common.select(name, implementation, _IMPLEMENTATIONS)(values_RD, ids_R, num_rows)
+    fits = _mosaic_fits(values_RD)
+    best = "mosaic" if _common.on_hopper() and fits else "reference"
+    sum_by_id = _common.select(name, implementation, _IMPLEMENTATIONS, best=best)
+    if sum_by_id is _mosaic:
+        _common.require_hopper(name)
+        _common.require(
+            fits,
+            f'{name}: implementation="mosaic" takes bfloat16, float16 or float32 and widths that '
+            f"are multiples of {_MOSAIC_MULTIPLE}, got {values_RD.dtype} and {values_RD.shape[1]}",
+        )
+    return _scatter_add(sum_by_id, values_RD, ids_R, num_rows)

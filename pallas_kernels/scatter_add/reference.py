@@ -7,11 +7,8 @@ spread.
 R rows, D width, N destinations.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels._common import accumulation_dtype
@@ -29,7 +26,8 @@ def _segmented_add(
     return left_flag | right_flag, total
 
 
-def _sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
+def sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
+    """[num_rows, D] sums of the rows of each id; ids outside are dropped."""
     dtype = accumulation_dtype(values_RD.dtype)
     num_values = values_RD.shape[0]
     if num_values == 0:
@@ -49,27 +47,3 @@ def _sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Arr
     last_N = jnp.maximum(ends_N - 1, 0)
     present_N = (ends_N > 0) & (keys_R[last_N] == id_N)
     return jnp.where(present_N[:, None], prefix_RD[last_N], 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def scatter_add(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
-    """The public operator, arguments already checked."""
-    return _sum_by_id(values_RD, ids_R, num_rows)
-
-
-def _forward(
-    values_RD: jax.Array, ids_R: jax.Array, num_rows: int
-) -> tuple[jax.Array, tuple[jax.Array, np.ndarray]]:
-    return _sum_by_id(values_RD, ids_R, num_rows), (ids_R, np.empty(0, values_RD.dtype))
-
-
-def _backward(
-    num_rows: int, residuals: tuple[jax.Array, np.ndarray], dout_ND: jax.Array
-) -> tuple[jax.Array, None]:
-    ids_R, like_values = residuals
-    ids_R = jnp.where(ids_R < 0, num_rows, ids_R)  # a negative index would count from the end
-    dvalues_RD = dout_ND.at[ids_R].get(mode="fill", fill_value=0)
-    return dvalues_RD.astype(like_values.dtype), None
-
-
-scatter_add.defvjp(_forward, _backward)

@@ -1,0 +1,39 @@
+"""What the Mosaic GPU kernels share.
+
+Importing it needs no GPU: kernels lower for CUDA on any machine and run in the CPU interpreter
+under `plgpu.force_gpu_interpret_mode`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Streaming multiprocessors of the H100 and H200 in their SXM form, for programs that are compiled
+# where there is no GPU.
+HOPPER_SMS = 132
+SWIZZLE_BYTES = 128
+
+
+def num_sms() -> int:
+    """Streaming multiprocessors of the GPU that a persistent kernel spreads over."""
+    device = jax.local_devices()[0]
+    return device.core_count if device.platform == "gpu" else HOPPER_SMS
+
+
+def tiled(dtype: Any, rows: int = 8) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """The layout of shared memory that TMA writes and wgmma reads, 128 bytes to a row.
+
+    With `rows=1` the bytes are the same, but single rows may be sliced.
+    """
+    tiling = plgpu.TilingTransform((rows, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize))
+    return tiling, plgpu.SwizzleTransform(SWIZZLE_BYTES)
+
+
+def divmod_by(value: jax.Array, divisor: Any) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of int32 numbers that are not negative."""
+    divisor = jnp.int32(divisor)
+    quotient = lax.div(value, divisor)
+    return quotient, value - quotient * divisor

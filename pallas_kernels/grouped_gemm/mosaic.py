@@ -1,0 +1,318 @@
+"""Grouped GEMM for Hopper: value, gradient to the rows and gradient to the weights.
+
+The transposed operands of the gradients are transposed on their way from shared memory into the
+tensor cores, never in HBM.
+
+R rows, K contracted width, N output width, G groups, M, N, K sizes of a block.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _mosaic
+from pallas_kernels.grouped_gemm import pipeline, schedule
+from pallas_kernels.grouped_gemm.schedule import CHUNK, TILE_ROWS, Tiling
+
+PRODUCT = Tiling()
+GRADIENT = Tiling(pair="rows")
+
+
+def _call(
+    body: Any, out_type: jax.ShapeDtypeStruct, scratch: pipeline.Buffers, *operands: Any
+) -> jax.Array:
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=(scratch,),
+        grid=(_mosaic.num_sms() // 2,),
+        grid_names=("cluster",),
+        cluster=(2,),
+        cluster_names=("pair",),
+        num_threads=pipeline.COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+    )(*operands)
+
+
+def _shared(tiling: Tiling, operand: str) -> tuple[str, ...]:
+    """Cluster axes over which an operand is multicast."""
+    return ("pair",) if (tiling.pair == "columns") == (operand == "lhs") else ()
+
+
+def _my_tiles(num_tiles: jax.Array) -> tuple[jax.Array, Any]:
+    """How many tiles this cluster computes, and the index of its i-th one."""
+    cluster, num_clusters = lax.axis_index("cluster"), jnp.int32(_mosaic.num_sms() // 2)
+    count = lax.div(num_tiles - cluster + num_clusters - 1, num_clusters)
+    return count, lambda i: cluster + i * num_clusters
+
+
+def _product_kernel(
+    tiles: schedule.RowTiles,
+    lhs: Any,
+    rhs: Any,
+    out: Any,
+    buffers: pipeline.Buffers,
+    *,
+    tiling: Tiling,
+    transposed: bool,
+) -> None:
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("pair")
+    width = out.shape[1]
+    column_tiles = pl.cdiv(width, tiling.cluster_columns)
+    row_tiles, total_rows = tiles.totals_2[0], tiles.totals_2[1]
+    num_steps = pl.cdiv(lhs.shape[1], tiling.depth)
+    count, index_of = _my_tiles(row_tiles * column_tiles)
+
+    def locate(i: jax.Array) -> tuple[Any, ...]:
+        t, n = schedule.snake(index_of(i), row_tiles, column_tiles, tiling.panel)
+        start, low, high = tiles.start_T[t], tiles.low_T[t], tiles.high_T[t]
+        column = n * tiling.cluster_columns
+        if tiling.pair == "columns":
+            column = column + cta * tiling.columns
+        else:
+            shift = cta * TILE_ROWS
+            start, low, high = start + shift, low - shift, high - shift
+        start = pl.multiple_of(start, schedule.ALIGNMENT)
+        return tiles.group_T[t], start, low, high, pl.multiple_of(column, tiling.columns)
+
+    def load(
+        tile: tuple[Any, ...], k: jax.Array, lhs_block: Any, rhs_block: Any, full: Any
+    ) -> None:
+        group, start, _, _, column = tile
+        depth, columns = pl.ds(k * tiling.depth, tiling.depth), pl.ds(column, tiling.columns)
+        plgpu.copy_gmem_to_smem(
+            lhs.at[pl.ds(start, TILE_ROWS), depth],
+            lhs_block,
+            full,
+            collective_axes=_shared(tiling, "lhs"),
+        )
+        window = (group, columns, depth) if transposed else (group, depth, columns)
+        plgpu.copy_gmem_to_smem(
+            rhs.at[window], rhs_block, full, collective_axes=_shared(tiling, "rhs")
+        )
+
+    def operands(lhs_block: Any, rhs_block: Any) -> tuple[Any, Any]:
+        mine = lhs_block.at[pl.ds(warpgroup * CHUNK, CHUNK)]
+        return mine, rhs_block.transpose((1, 0)) if transposed else rhs_block
+
+    def target(tile: tuple[Any, ...]) -> pipeline.Target:
+        _, start, low, high, column = tile
+        first = warpgroup * CHUNK
+        return pipeline.Target(warpgroup * 0, start + first, column, low - first, high - first)
+
+    pipeline.run(
+        pipeline.Work(
+            count=count,
+            locate=locate,
+            steps=lambda tile: num_steps,
+            load=load,
+            operands=operands,
+            target=target,
+            window=lambda _, rows, columns: out.at[rows, columns],
+            finish=lambda: _store_zeros(buffers.out.at[warpgroup, 0], out, total_rows),
+        ),
+        buffers,
+        tiling,
+    )
+
+
+def _store_zeros(buffer: Any, out: Any, total_rows: jax.Array) -> None:
+    """Rows that belong to no group: one buffer of zeros, stored by all warpgroups in turn."""
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("pair")
+    rest = out.shape[0] - total_rows
+    width = buffer.shape[1]
+    column_chunks = pl.cdiv(out.shape[1], width)
+
+    @pl.when(rest > 0)
+    def _() -> None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = jnp.zeros(buffer.shape, buffer.dtype)
+        plgpu.commit_smem()
+        row_chunks = lax.div(rest + CHUNK - 1, jnp.int32(CHUNK))
+        worker = (lax.axis_index("cluster") * 2 + cta) * pipeline.COMPUTE_WARPGROUPS + warpgroup
+        workers = jnp.int32(_mosaic.num_sms() // 2 * 2 * pipeline.COMPUTE_WARPGROUPS)
+
+        def body(i: jax.Array, _: None) -> None:
+            r, c = _mosaic.divmod_by(worker + i * workers, column_chunks)
+            row = total_rows + r * CHUNK  # a chunk past the last row is clipped by the TMA store
+            plgpu.copy_smem_to_gmem(buffer, out.at[pl.ds(row, CHUNK), pl.ds(c * width, width)])
+
+        count = row_chunks * column_chunks
+        lax.fori_loop(0, lax.div(count - worker + workers - 1, workers), body, None)
+
+
+def _gradient_kernel(
+    rows: schedule.RowSteps,
+    lhs: Any,
+    lhs_edge: Any,
+    dout: Any,
+    dout_edge: Any,
+    drhs: Any,
+    buffers: pipeline.Buffers,
+    *,
+    tiling: Tiling,
+) -> None:
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("pair")
+    num_groups, height, width = drhs.shape
+    row_tiles = pl.cdiv(height, tiling.cluster_rows)
+    column_tiles = pl.cdiv(width, tiling.cluster_columns)
+    count, index_of = _my_tiles(jnp.int32(num_groups * row_tiles * column_tiles))
+
+    def locate(i: jax.Array) -> tuple[Any, ...]:
+        g, rest = _mosaic.divmod_by(index_of(i), row_tiles * column_tiles)
+        m, n = schedule.snake(rest, row_tiles, column_tiles, tiling.panel)
+        row, column = m * tiling.cluster_rows, n * tiling.cluster_columns
+        if tiling.pair == "columns":
+            column = column + cta * tiling.columns
+        else:
+            row = row + cta * TILE_ROWS
+        row, column = pl.multiple_of(row, TILE_ROWS), pl.multiple_of(column, tiling.columns)
+        return g, row, column
+
+    def load(
+        tile: tuple[Any, ...], k: jax.Array, lhs_block: Any, rhs_block: Any, full: Any
+    ) -> None:
+        g, row, column = tile
+        whole = rows.whole_G[g]
+
+        def copy(lhs_from: Any, dout_from: Any, *window: Any) -> None:
+            plgpu.copy_gmem_to_smem(
+                lhs_from.at[*window, pl.ds(row, TILE_ROWS)],
+                lhs_block,
+                full,
+                collective_axes=_shared(tiling, "lhs"),
+            )
+            plgpu.copy_gmem_to_smem(
+                dout_from.at[*window, pl.ds(column, tiling.columns)],
+                rhs_block,
+                full,
+                collective_axes=_shared(tiling, "rhs"),
+            )
+
+        @pl.when(k < whole)
+        def _() -> None:
+            start = pl.multiple_of(rows.start_G[g] + k * CHUNK, schedule.ALIGNMENT)
+            copy(lhs, dout, pl.ds(start, CHUNK))
+
+        @pl.when(k >= whole)
+        def _() -> None:
+            start = pl.multiple_of((k - whole) * CHUNK, CHUNK)
+            copy(lhs_edge, dout_edge, rows.group_G[g], pl.ds(start, CHUNK))
+
+    def operands(lhs_block: Any, rhs_block: Any) -> tuple[Any, Any]:
+        return lhs_block.at[:, pl.ds(warpgroup * CHUNK, CHUNK)].transpose((1, 0)), rhs_block
+
+    def target(tile: tuple[Any, ...]) -> pipeline.Target:
+        g, row, column = tile
+        zero = warpgroup * 0
+        return pipeline.Target(rows.group_G[g], row + warpgroup * CHUNK, column, zero, zero + CHUNK)
+
+    pipeline.run(
+        pipeline.Work(
+            count=count,
+            locate=locate,
+            steps=lambda tile: rows.steps_G[tile[0]],
+            load=load,
+            operands=operands,
+            target=target,
+            window=lambda group, rows, columns: drhs.at[group, rows, columns],
+            finish=lambda: None,
+        ),
+        buffers,
+        tiling,
+    )
+
+
+def product(
+    lhs_RK: jax.Array,
+    rhs: jax.Array,
+    tiles: schedule.RowTiles,
+    *,
+    transposed: bool = False,
+    tiling: Tiling = PRODUCT,
+) -> jax.Array:
+    """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed."""
+    rows, columns = (tiling.depth, tiling.columns), (tiling.columns, tiling.depth)
+    scratch = pipeline.buffer_types(
+        tiling,
+        (TILE_ROWS, tiling.depth),
+        columns if transposed else rows,
+        (lhs_RK.dtype, lhs_RK.dtype),
+    )
+    width = rhs.shape[1 if transposed else 2]
+    body = functools.partial(_product_kernel, tiling=tiling, transposed=transposed)
+    out_type = jax.ShapeDtypeStruct((lhs_RK.shape[0], width), lhs_RK.dtype)
+    return _call(body, out_type, scratch, tiles, lhs_RK, rhs)
+
+
+def weight_gradient(
+    lhs_RK: jax.Array,
+    dout_RN: jax.Array,
+    rows: schedule.RowSteps,
+    *,
+    dtype: Any,
+    tiling: Tiling = GRADIENT,
+) -> jax.Array:
+    """Sum over each group's rows of lhs[r]^T dout[r]: [G, K, N] in `dtype`."""
+    scratch = pipeline.buffer_types(
+        tiling, (CHUNK, TILE_ROWS), (CHUNK, tiling.columns), (lhs_RK.dtype, dtype)
+    )
+    shape = (rows.group_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
+
+    def edge(x_RW: jax.Array) -> jax.Array:
+        return x_RW.at[rows.edge_rows_GE].get(mode="fill", fill_value=0)
+
+    body = functools.partial(_gradient_kernel, tiling=tiling)
+    return _call(
+        body,
+        jax.ShapeDtypeStruct(shape, dtype),
+        scratch,
+        rows,
+        lhs_RK,
+        edge(lhs_RK),
+        dout_RN,
+        edge(dout_RN),
+    )
+
+
+def _tiles(group_sizes_G: jax.Array, num_rows: int) -> schedule.RowTiles:
+    return schedule.row_tiles(group_sizes_G, num_rows, PRODUCT.cluster_rows)
+
+
+@jax.custom_vjp
+def _grouped_gemm(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    return product(lhs_RK, rhs_GKN, _tiles(group_sizes_G, lhs_RK.shape[0]))
+
+
+def _forward(
+    lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G), (lhs_RK, rhs_GKN, group_sizes_G)
+
+
+def _backward(
+    residuals: tuple[jax.Array, ...], dout_RN: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    # XLA computes each table once for all products of a layer: equal operations are merged.
+    lhs_RK, rhs_GKN, group_sizes_G = residuals
+    num_rows = lhs_RK.shape[0]
+    dlhs_RK = product(dout_RN, rhs_GKN, _tiles(group_sizes_G, num_rows), transposed=True)
+    steps = schedule.row_steps(group_sizes_G, num_rows)
+    return dlhs_RK, weight_gradient(lhs_RK, dout_RN, steps, dtype=rhs_GKN.dtype), None
+
+
+_grouped_gemm.defvjp(_forward, _backward)
+
+
+def grouped_gemm(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    """The public operator, arguments already checked."""
+    num_rows = lhs_RK.shape[0]
+    # TMA wants whole groups of 8 rows, and a box no larger than the array.
+    padded = max(-(-num_rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, TILE_ROWS)
+    lhs_RK = jnp.pad(lhs_RK, ((0, padded - num_rows), (0, 0)))
+    return _grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G)[:num_rows]

@@ -1,0 +1,127 @@
+"""Runs the Mosaic kernels in Pallas' interpreter; prints one JSON object per case. A program of
+its own: the interpreter blocks one of XLA's threads per warpgroup, and the number of threads,
+NPROC, is read when JAX starts.
+
+    NPROC=16 python -m tests.kernels.interpreted [CASE ...]
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _mosaic, grouped_gemm, scatter_add
+from pallas_kernels.grouped_gemm import mosaic as grouped_mosaic
+from pallas_kernels.grouped_gemm import schedule
+from tests.kernels import helpers, scatter_order
+
+NUM_SMS = 2
+ROWS, CONTRACT, WIDTH = 228, 128, 320
+GROUPS = {
+    "uneven": (67, 0, 1, 20),
+    "no rows": (0, 0),
+    "unaligned": (7, 9, 203, 4, 1),
+    "whole steps": (64, 0, 128),
+}
+
+
+def grouped(sizes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+    """Relative errors of value and gradients; the rows past the sum hold NaN."""
+    rng = np.random.default_rng(0)
+    total = sum(sizes)
+    shapes = (ROWS, CONTRACT), (len(sizes), CONTRACT, WIDTH), (ROWS, WIDTH)
+    lhs, rhs, dout = (jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
+    clean = [np.asarray(x, np.float64) for x in (lhs, rhs, dout)]
+    clean[0][total:] = clean[2][total:] = 0
+    out, dlhs, drhs = np.zeros((ROWS, WIDTH)), np.zeros((ROWS, CONTRACT)), np.zeros(rhs.shape)
+    start = 0
+    for g, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        out[rows] = clean[0][rows] @ clean[1][g]
+        dlhs[rows] = clean[2][rows] @ clean[1][g].T
+        drhs[g] = clean[0][rows].T @ clean[2][rows]
+        start += size
+    lhs, dout = lhs.at[total:].set(jnp.nan), dout.at[total:].set(jnp.nan)
+    sizes_G = jnp.asarray(sizes, jnp.int32)
+    value, vjp = jax.vjp(
+        lambda lhs, rhs: grouped_gemm(lhs, rhs, sizes_G, implementation="mosaic"), lhs, rhs
+    )
+    got = (value, *vjp(dout))
+    pairs = zip(("out", "dlhs", "drhs"), got, (out, dlhs, drhs), strict=True)
+    errors = {name: helpers.relative_error(a, b) for name, a, b in pairs}
+    return errors | {"tail": float(np.abs(np.asarray(got[0][total:], np.float64)).sum())}
+
+
+def weight_gradient_in_float32() -> dict[str, Any]:
+    """Sums that leave the kernel unrounded, and the other way to pair CTAs."""
+    rng = np.random.default_rng(1)
+    sizes = GROUPS["uneven"]
+    lhs, dout = (
+        jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((232, CONTRACT), (232, WIDTH))
+    )
+    steps = schedule.row_steps(jnp.asarray(sizes, jnp.int32), 232)
+    drhs = grouped_mosaic.weight_gradient(
+        lhs, dout, steps, dtype=jnp.float32, tiling=schedule.Tiling(pair="columns")
+    )
+    wide = [np.asarray(x, np.float64) for x in (lhs, dout)]
+    ends = np.cumsum(sizes)
+    expected = [wide[0][e - s : e].T @ wide[1][e - s : e] for s, e in zip(sizes, ends, strict=True)]
+    return {"drhs": helpers.relative_error(drhs, np.stack(expected))}
+
+
+def scatter(case: str) -> dict[str, Any]:
+    """Whether the sums are those of `scatter_order.sum_by_id`, bit for bit."""
+    rows, width, destinations = (150, 640, 31) if case == "uniform" else (2300, 128, 7)
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, destinations, rows)
+    if case == "half on one":
+        ids[rng.permutation(rows)[: rows // 2]] = 3
+    if case == "all on the last":
+        ids[:] = destinations - 1
+    if case == "uniform":
+        ids[::5], ids[::7] = -1, destinations
+    values = jnp.asarray(helpers.values_of_many_magnitudes(rng, rows, width), jnp.bfloat16)
+    ids_R = jnp.asarray(ids, jnp.int32)
+    out = scatter_add(values, ids_R, destinations, implementation="mosaic")
+    expected = scatter_order.sum_by_id(np.asarray(values, np.float32), ids, destinations)
+    exact = np.zeros((destinations, width))
+    kept = (ids >= 0) & (ids < destinations)
+    np.add.at(exact, ids[kept], np.asarray(values, np.float64)[kept])
+    return {
+        "same bits": helpers.same_bits(out, expected),
+        "out": helpers.relative_error(out, exact),
+    }
+
+
+SCATTERS = ("uniform", "half on one", "all on the last")
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    **{f"grouped {name}": lambda sizes=sizes: grouped(sizes) for name, sizes in GROUPS.items()},
+    "grouped float32 gradient": weight_gradient_in_float32,
+    **{f"scatter {name}": lambda name=name: scatter(name) for name in SCATTERS},
+}
+RACES = {"grouped uneven", "scatter uniform"}
+
+
+def main(names: list[str]) -> None:
+    """Runs the named cases, or all."""
+    _mosaic.num_sms = lambda: NUM_SMS
+    for name in names or CASES:
+        start = time.perf_counter()
+        params = plgpu.InterpretGPUParams(detect_races=name in RACES)
+        with plgpu.force_gpu_interpret_mode(params):
+            result = CASES[name]()
+        if name in RACES:
+            result["races"] = bool(interpret_pallas_call.get_races().races_found)
+        result |= {"case": name, "seconds": round(time.perf_counter() - start, 1)}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,131 @@
+"""The Hopper kernels where there is no GPU: interpreted, and lowered for CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import grouped_gemm, scatter_add
+from pallas_kernels.grouped_gemm import shapes as grouped_shapes
+from pallas_kernels.scatter_add import shapes as scatter_shapes
+
+ROOT = Path(__file__).parents[2]
+BF16_ROUNDING = 3e-3
+MINI = (grouped_shapes.Shape(65536, 2048, 2048, 32), grouped_shapes.Shape(65536, 1024, 2048, 32))
+
+
+QUICK = ("uneven", "unaligned")
+SLOW = ("no rows", "whole steps")
+
+
+def interpret(*cases):
+    """Results of tests/kernels/interpreted.py by case."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted", *cases],
+        cwd=ROOT,
+        env=os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {result["case"]: result for result in results}
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """The quick cases; one program for all, since starting it costs as much as a case."""
+    grouped = [f"grouped {name}" for name in QUICK]
+    scatters = ["scatter uniform", "scatter half on one", "scatter all on the last"]
+    return interpret(*grouped, "grouped float32 gradient", *scatters)
+
+
+def assert_rounded_once(result):
+    assert max(result["out"], result["dlhs"], result["drhs"]) <= BF16_ROUNDING
+    assert result["tail"] == 0
+
+
+@pytest.mark.parametrize("groups", QUICK)
+def test_grouped_gemm_equals_naive(interpreted, groups):
+    assert_rounded_once(interpreted[f"grouped {groups}"])
+
+
+@pytest.mark.slow
+def test_grouped_gemm_equals_naive_in_more_cases():
+    results = interpret(*(f"grouped {name}" for name in SLOW))
+    assert len(results) == len(SLOW)
+    for result in results.values():
+        assert_rounded_once(result)
+
+
+def test_grouped_gemm_sums_in_float32(interpreted):
+    assert interpreted["grouped float32 gradient"]["drhs"] <= 1e-6
+
+
+def test_no_races(interpreted):
+    races = {name: result["races"] for name, result in interpreted.items() if "races" in result}
+    assert races == {"grouped uneven": False, "scatter uniform": False}
+
+
+@pytest.mark.parametrize("case", ["uniform", "half on one", "all on the last"])
+def test_scatter_add_adds_in_its_order(interpreted, case):
+    result = interpreted[f"scatter {case}"]
+    assert result["same bits"]
+    assert result["out"] <= 1e-6
+
+
+SHAPES = grouped_shapes.PRODUCTION + MINI
+
+
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[1:])]
+)
+def test_grouped_gemm_lowers_for_cuda(shape):
+    def gradients(lhs, rhs, sizes, dout):
+        out, vjp = jax.vjp(
+            lambda lhs, rhs: grouped_gemm(lhs, rhs, sizes, implementation="mosaic"), lhs, rhs
+        )
+        return out, *vjp(dout)
+
+    def spec(*dims):
+        return jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+
+    rows, contract, width, groups = shape
+    args = spec(rows, contract), spec(groups, contract, width)
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+    traced = jax.jit(gradients).trace(*args, sizes, spec(rows, width))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 3
+
+
+@pytest.mark.parametrize(
+    "dtype, contract, width", [("float32", 64, 64), ("bfloat16", 96, 64), ("bfloat16", 64, 72)]
+)
+def test_grouped_gemm_never_falls_back(dtype, contract, width):
+    lhs, rhs = jnp.zeros((8, contract), dtype), jnp.zeros((2, contract, width), dtype)
+    with pytest.raises(ValueError, match=f"multiples of 64, got {dtype}, {contract} and {width}"):
+        grouped_gemm(lhs, rhs, jnp.zeros(2, jnp.int32), implementation="mosaic")
+
+
+@pytest.mark.parametrize("shape", scatter_shapes.PRODUCTION)
+def test_scatter_add_lowers_for_cuda(shape):
+    values = jax.ShapeDtypeStruct((shape.rows, shape.width), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((shape.rows,), jnp.int32)
+
+    def run(values, ids):
+        return scatter_add(values, ids, shape.destinations, implementation="mosaic")
+
+    text = jax.jit(run).trace(values, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 3
+
+
+@pytest.mark.parametrize("dtype, width", [("float32", 96), ("bfloat16", 64)])
+def test_scatter_add_never_falls_back(dtype, width):
+    with pytest.raises(ValueError, match=f"multiples of 128, got {dtype} and {width}"):
+        scatter_add(jnp.zeros((8, width), dtype), jnp.zeros(8, int), 3, implementation="mosaic")
