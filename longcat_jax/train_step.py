@@ -52,6 +52,10 @@ def abstract_boxes(config: Config) -> Any:
     )
 
 
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     """NamedSharding of every leaf of the state; optimizer moments lie like their parameters."""
     boxed = abstract_boxes(config)
@@ -59,10 +63,12 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     replicated = NamedSharding(mesh, P())
     opt_state = optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        # A frozen parameter has no moments: its place in the state is masked.
+        lambda moment, sharding: moment if _is_masked(moment) else sharding,
         jax.eval_shape(tx.init, unbox(boxed)),
         params,
         transform_non_params=lambda _: replicated,
+        is_leaf=_is_masked,
     )
     return TrainState(replicated, params, opt_state)
 

@@ -187,9 +187,7 @@ def from_hf(
     found = open_hf(hf_dir)
     found.comparison.require(found.directory)
     dtypes = found.dtypes(dtype)
-    config = dataclasses.replace(
-        shrink(found.config, selection), dtype=dtypes[layout.MAIN[0].path].name
-    )
+    config = dataclasses.replace(shrink(found.config, selection), dtype=dtype or found.config.dtype)
     files = sorted({entry.file for entry in found.entries.values()})
     plan = {
         "direction": "from_hf",

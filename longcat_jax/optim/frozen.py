@@ -27,7 +27,8 @@ def frozen_mask(boxed: Any, patterns: tuple[str, ...]) -> Any:
     paths = ["/".join(key.key for key in keys) for keys, _ in leaves]
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
-            close = difflib.get_close_matches(pattern, paths, n=1, cutoff=0)
+            groups = sorted({f"*/{name}/*" for path in paths for name in path.split("/")[1:-1]})
+            close = difflib.get_close_matches(pattern, [*paths, *groups], n=1, cutoff=0)
             raise ConfigError(
                 f"optim.freeze={pattern!r}: matches no parameter; did you mean {close[0]!r}?"
             )

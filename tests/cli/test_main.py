@@ -56,7 +56,7 @@ def test_exit_status_is_the_commands(command: Callable[..., None]) -> None:
     ("argv", "message"),
     [
         (["trian"], "longcat: unknown command 'trian'; did you mean 'train'?"),
-        (["--workdir=x"], "longcat: unknown option '--workdir=x'; known: convert, evaluate, generate, "),
+        (["--workdir=x"], "longcat: unknown option '--workdir=x'; known: convert, evaluate, "),
         (["train", "--wrokdir=w"], "unknown option '--wrokdir'; did you mean '--workdir'?"),
         (["train", "--work", "w"], "unknown option '--work'; did you mean '--workdir'?"),
         (["train", "--config=c.py"], "longcat train: the following arguments are required: --work"),
