@@ -204,7 +204,7 @@ def to_raw(model: ModelConfig, *, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": c.num_attention_heads,
         "qk_head_dim": c.qk_head_dim,
         "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": kind, **rest},
-        "rope_scaling": scaling,
+        "rope_scaling": scaling and {**scaling, "rope_type": kind},
         "rounter_params_dtype": "float32",  # SGLang's spelling
         "router_bias": False,
         "router_dtype": "float32",
