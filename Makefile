@@ -30,10 +30,10 @@ quickstart: setup
 	@echo "plots: $(RUN)/report.html (one file, opens without a network) and $(RUN)/report.png"
 
 test: setup
-	@$(BIN)/python -m pytest -n auto
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: setup
-	@$(BIN)/python -m pytest -n auto -m 'not gpu'
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu'
 
 lint: setup
 	@$(BIN)/ruff format --check .

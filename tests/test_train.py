@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from longcat_jax import data
 from longcat_jax.checkpoint import CheckpointError, Checkpoints, load
@@ -43,26 +42,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Compiles quickly, and each program once for all runs and processes of this file.
-
-    The cache is born and dies here, so every program in it comes from the code under test. The
-    environment for processes of their own is returned.
-    """
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def quick_compilation() -> Iterator[dict[str, str]]:
+    """These tests don't time anything; the environment for processes of their own is returned."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def job(corpus: Path, **train_settings: int | float) -> Config:
@@ -142,11 +126,11 @@ def start(workdir: Path, config: Config, settings: dict[str, str]) -> subprocess
 
 
 def test_killed_three_times_equals_uninterrupted(
-    corpus: Path, trained: Path, tmp_path: Path, compiled_once: dict[str, str]
+    corpus: Path, trained: Path, tmp_path: Path, quick_compilation: dict[str, str]
 ) -> None:
     rng, kills = random.Random(), 0
     for _ in range(3):
-        process = start(tmp_path / "killed", job(corpus), compiled_once)
+        process = start(tmp_path / "killed", job(corpus), quick_compilation)
         time.sleep(rng.uniform(0, 2))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
@@ -201,10 +185,10 @@ def test_keeps_the_last_and_the_best(corpus: Path, copied: Path) -> None:
 
 
 def test_sigterm_saves_and_exits_cleanly(
-    corpus: Path, tmp_path: Path, compiled_once: dict[str, str]
+    corpus: Path, tmp_path: Path, quick_compilation: dict[str, str]
 ) -> None:
     config = job(corpus, steps=100_000, eval_every=100_000, checkpoint_every=100_000)
-    process = start(tmp_path / "run", config, compiled_once)
+    process = start(tmp_path / "run", config, quick_compilation)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
