@@ -6,12 +6,38 @@ one.
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import _common
 from pallas_kernels.gather_combine import reference
 
+_MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
+_MOSAIC_MULTIPLE = 128  # of the width
+_MOSAIC_WIDEST = 16384  # the rows in flight must fit into shared memory
+
+
+def _mosaic_fits(x_TD: jax.Array) -> bool:
+    width = x_TD.shape[1]
+    fits = width % _MOSAIC_MULTIPLE == 0 and 0 < width <= _MOSAIC_WIDEST
+    return fits and x_TD.dtype in _MOSAIC_DTYPES
+
+
+def _mosaic_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
+    from pallas_kernels.gather_combine import mosaic  # Pallas is only imported where it is used
+
+    name = "gather_rows"
+    _common.require_hopper(name)
+    _common.require(
+        _mosaic_fits(x_TD),
+        f'{name}: implementation="mosaic" takes bfloat16 or float16 and widths that are multiples '
+        f"of {_MOSAIC_MULTIPLE} up to {_MOSAIC_WIDEST}, got {x_TD.dtype} and {x_TD.shape[1]}",
+    )
+    return mosaic.gather_rows(x_TD, token_of_row_R, slots_TK)
+
+
+# On an H100 XLA runs combine and its gradient at the speed of a copy: no kernel beats that.
 _COMBINE = {"reference": reference.gather_combine}
-_ROWS = {"reference": reference.gather_rows}
+_ROWS = {"reference": reference.gather_rows, "mosaic": _mosaic_rows}
 
 
 def gather_combine(
@@ -28,7 +54,7 @@ def gather_combine(
       slots_TK: integer row numbers. A row may be referenced at most once (not checked), else
         gradients to values are wrong. A slot outside [0, R) contributes nothing.
       weights_TK: any floating dtype; products and sums run in float32 at least.
-      implementation: None for the platform's best, or "reference".
+      implementation: None or "reference".
 
     Returns:
       [T, D] in the dtype of values.
@@ -64,7 +90,8 @@ def gather_rows(
       slots_TK: where the rows of token t stand: token_of_row[slots[t, k]] == t, every row of a
         token listed once (not checked). A slot outside [0, R) stands for no row. Used by the
         gradient only.
-      implementation: None for the platform's best, or "reference".
+      implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths that are multiples
+        of 128 up to 16384; None for "mosaic" where it runs and "reference" elsewhere.
 
     Returns:
       [R, D] in the dtype of x.
@@ -81,4 +108,6 @@ def gather_rows(
         slots_TK.shape[0] == x_TD.shape[0],
         f"{name}: slots_TK has {slots_TK.shape[0]} tokens, x_TD {x_TD.shape[0]}",
     )
-    return _common.select(name, implementation, _ROWS)(x_TD, token_of_row_R, slots_TK)
+    best = "mosaic" if _common.on_hopper() and _mosaic_fits(x_TD) else "reference"
+    run = _common.select(name, implementation, _ROWS, best=best)
+    return run(x_TD, token_of_row_R, slots_TK)

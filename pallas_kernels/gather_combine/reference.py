@@ -85,9 +85,10 @@ def _rows_forward(
     return gather_rows(x_TD, token_of_row_R, slots_TK), slots_TK
 
 
-def _rows_backward(slots_TK: jax.Array, drows_RD: jax.Array) -> tuple[jax.Array, None, None]:
+def rows_backward(slots_TK: jax.Array, drows_RD: jax.Array) -> tuple[jax.Array, None, None]:
+    """The gradient of gather_rows: a combine with unit weights."""
     ones_TK = jnp.ones(slots_TK.shape, accumulation_dtype(drows_RD.dtype))
     return _combine(drows_RD, slots_TK, ones_TK), None, None
 
 
-gather_rows.defvjp(_rows_forward, _rows_backward)
+gather_rows.defvjp(_rows_forward, rows_backward)

@@ -17,7 +17,7 @@ import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic, grouped_gemm, scatter_add
+from pallas_kernels import _mosaic, gather_rows, grouped_gemm, scatter_add
 from pallas_kernels.grouped_gemm import mosaic as grouped_mosaic
 from pallas_kernels.grouped_gemm import schedule
 from tests.kernels import helpers, scatter_order
@@ -100,13 +100,41 @@ def scatter(case: str) -> dict[str, Any]:
     }
 
 
+def dispatch() -> dict[str, Any]:
+    """Value and gradient; some rows have no token."""
+    rng = np.random.default_rng(4)
+    tokens, selected, rows, width = 19, 3, 70, 384
+    slots = rng.permutation(rows)[: tokens * selected].reshape(tokens, selected)
+    slots[0, 1], slots[5] = rows, -1
+    token_of_row = np.full(rows, tokens)
+    for (t, _), slot in np.ndenumerate(slots):
+        if 0 <= slot < rows:
+            token_of_row[slot] = t
+    token_of_row[slots[7, 0]] = -1
+    draw = helpers.values_of_many_magnitudes
+    x = jnp.asarray(draw(rng, tokens, width), jnp.bfloat16)
+    drows = jnp.asarray(draw(rng, rows, width), jnp.bfloat16)
+    slots_TK, token_of_row_R = jnp.asarray(slots, jnp.int32), jnp.asarray(token_of_row, jnp.int32)
+
+    def run(implementation: str) -> tuple[jax.Array, jax.Array]:
+        def gather(x: jax.Array) -> jax.Array:
+            return gather_rows(x, token_of_row_R, slots_TK, implementation=implementation)
+
+        routed, vjp = jax.vjp(gather, x)
+        return routed, *vjp(drows)
+
+    pairs = zip(("rows", "dx"), run("mosaic"), run("reference"), strict=True)
+    return {name: helpers.same_bits(a, b) for name, a, b in pairs}
+
+
 SCATTERS = ("uniform", "half on one", "all on the last")
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"grouped {name}": lambda sizes=sizes: grouped(sizes) for name, sizes in GROUPS.items()},
     "grouped float32 gradient": weight_gradient_in_float32,
+    "dispatch": dispatch,
     **{f"scatter {name}": lambda name=name: scatter(name) for name in SCATTERS},
 }
-RACES = {"grouped uneven", "scatter uniform"}
+RACES = {"grouped uneven", "scatter uniform", "dispatch"}
 
 
 def main(names: list[str]) -> None:

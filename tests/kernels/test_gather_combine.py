@@ -119,7 +119,7 @@ def test_the_search_finds_a_float_scatter():
         (dict(weights=jnp.zeros((2, 4))), "slots_TK is"),
         (dict(slots=jnp.zeros((2, 3))), "expected an integer dtype"),
         (dict(values=jnp.zeros(5)), "expected 2 dimensions"),
-        (dict(implementation="triton"), "choose None or one of 'reference'"),
+        (dict(implementation="cudnn"), "choose None or one of 'reference'"),
     ],
 )
 def test_combine_refuses(change, message):

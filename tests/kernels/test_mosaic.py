@@ -1,5 +1,6 @@
 """The Hopper kernels where there is no GPU: interpreted, and lowered for CUDA."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import grouped_gemm, scatter_add
+from pallas_kernels import gather_rows, grouped_gemm, scatter_add
+from pallas_kernels.gather_combine import shapes as gather_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
 
@@ -43,7 +45,7 @@ def interpreted():
     """The quick cases; one program for all, since starting it costs as much as a case."""
     grouped = [f"grouped {name}" for name in QUICK]
     scatters = ["scatter uniform", "scatter half on one", "scatter all on the last"]
-    return interpret(*grouped, "grouped float32 gradient", *scatters)
+    return interpret(*grouped, "grouped float32 gradient", *scatters, "dispatch")
 
 
 def assert_rounded_once(result):
@@ -70,7 +72,12 @@ def test_grouped_gemm_sums_in_float32(interpreted):
 
 def test_no_races(interpreted):
     races = {name: result["races"] for name, result in interpreted.items() if "races" in result}
-    assert races == {"grouped uneven": False, "scatter uniform": False}
+    assert races == {"grouped uneven": False, "scatter uniform": False, "dispatch": False}
+
+
+def test_dispatch_equals_reference(interpreted):
+    result = interpreted["dispatch"]
+    assert result["rows"] and result["dx"]
 
 
 @pytest.mark.parametrize("case", ["uniform", "half on one", "all on the last"])
@@ -129,3 +136,19 @@ def test_scatter_add_lowers_for_cuda(shape):
 def test_scatter_add_never_falls_back(dtype, width):
     with pytest.raises(ValueError, match=f"multiples of 128, got {dtype} and {width}"):
         scatter_add(jnp.zeros((8, width), dtype), jnp.zeros(8, int), 3, implementation="mosaic")
+
+
+@pytest.mark.parametrize("shape", gather_shapes.PRODUCTION[:1])
+def test_dispatch_lowers_for_cuda(shape):
+    x = jax.ShapeDtypeStruct((shape.tokens, shape.width), jnp.bfloat16)
+    slots = jax.ShapeDtypeStruct((shape.tokens, shape.selected), jnp.int32)
+    token_of_row = jax.ShapeDtypeStruct((shape.tokens * shape.selected,), jnp.int32)
+    run = functools.partial(gather_rows, implementation="mosaic")
+    traced = jax.jit(run).trace(x, token_of_row, slots)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_dispatch_never_falls_back():
+    x, slots = jnp.zeros((4, 96), jnp.bfloat16), jnp.zeros((4, 2), int)
+    with pytest.raises(ValueError, match="multiples of 128 up to 16384, got bfloat16 and 96"):
+        gather_rows(x, jnp.zeros(8, int), slots, implementation="mosaic")

@@ -1,0 +1,70 @@
+"""Timing of contenders on one accelerator, interleaved, so that their ratios hold on a hot card."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Contender(NamedTuple):
+    """`run` issues `operations` operations and returns something that `wait` waits for."""
+
+    run: Callable[[], Any]
+    operations: int
+    wait: Callable[[Any], Any]
+
+
+def compile_all(functions: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict:
+    """Compiles {name: (function, arguments)}: traced one by one, compiled in threads."""
+    lowered = {name: jax.jit(f).lower(*args) for name, (f, args) in functions.items()}
+    with ThreadPoolExecutor(12) as pool:
+        compiled = pool.map(lambda item: item[1].compile(), lowered.items())
+        return dict(zip(lowered, compiled, strict=True))
+
+
+def jax_contender(
+    compiled: Callable[..., Any], args: tuple[Any, ...], operations: int
+) -> Contender:
+    """A compiled JAX function that does `operations` operations a call."""
+    return Contender(lambda: compiled(*args), operations, jax.block_until_ready)
+
+
+def medians(
+    contenders: Mapping[str, Contender], *, rounds: int = 8, burst: float = 0.018
+) -> dict[str, float]:
+    """Median seconds per operation by name.
+
+    Every round runs all contenders, in shuffled order and without a pause, each for about `burst`
+    seconds: long enough to hide the launch, short enough for all to see the same clocks.
+    """
+    calls = {}
+    for name, contender in contenders.items():
+        contender.wait(contender.run())
+        start = time.perf_counter()
+        contender.wait(contender.run())
+        calls[name] = max(1, round(burst / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order, shuffle = list(contenders), random.Random(0)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            run, operations, wait = contenders[name]
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                result = run()
+            wait(result)
+            times[name].append((time.perf_counter() - start) / calls[name] / operations)
+            del result
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(title: str, header: list[str], rows: Mapping[str, list[str]]) -> None:
+    """Prints a markdown table."""
+    print(f"\n| {title} | {' | '.join(header)} |", flush=True)
+    print("|---" * (len(header) + 1) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
