@@ -13,6 +13,8 @@ import numpy as np
 
 from longcat_jax.data import target_pairs
 
+BASELINES_FILE = "baselines.json"
+"""In a workdir: what `longcat evaluate --baselines` found."""
 SMOOTHING = tuple(float(k) for k in np.logspace(-5, 1, 25))
 """Values of k tried."""
 MERGE_PAIRS = 2**21

@@ -7,7 +7,6 @@ kill or a full disk leaves the earlier ones as they were. `WORKDIR/tokenizer.jso
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,17 @@ def _chunks(array: jax.Array) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(array.ndim - 2)))
 
 
+def finished_steps(workdir: Path) -> list[int]:
+    """Steps whose checkpoint is whole, ascending; what a kill left half-made doesn't count."""
+    folders = (Path(workdir) / FOLDER).glob("*/config")
+    return sorted(int(path.parent.name) for path in folders if path.parent.name.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one workdir: asynchronous saves, the last n and the best m kept."""
 
     def __init__(self, workdir: Path, keep: TrainConfig | None = None) -> None:
         """`keep` says how many are kept; None opens the directory for reading."""
-        # Orbax logs every failing thread; what matters of it is in the errors raised below.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(workdir).absolute() / FOLDER
         options = ocp.CheckpointManagerOptions(read_only=True)
         if keep is not None:
@@ -75,7 +78,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        return finished_steps(self.directory.parent)
 
     def save(
         self,
@@ -134,10 +137,12 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         except Exception as error:
-            raise self._read_error(step, error) from error
-        missing = [name for name in items if found.get(name) is None]
-        if missing:
-            raise self._read_error(step, ValueError(f"{', '.join(missing)}: missing"))
+            raise self.read_error(step, error) from error
+        for name, tree in items.items():
+            if found.get(name) is None:
+                raise self.read_error(step, ValueError(f"{name}: missing"))
+            if tree is None and not isinstance(found[name], dict):
+                raise self.read_error(step, ValueError(f"{name}: not a JSON object"))
         return dict(found.items())
 
     def stored_dtypes(self, step: int) -> Any:
@@ -145,9 +150,11 @@ class Checkpoints:
         try:
             with ocp.StandardCheckpointer() as reader:
                 found = reader.metadata(self.directory / str(step) / "params").item_metadata
+            if found is None:
+                raise ValueError("params: missing")
             return jax.tree.map(lambda leaf: leaf.dtype, found.tree)
         except Exception as error:
-            raise self._read_error(step, error) from error
+            raise self.read_error(step, error) from error
 
     def _write_error(self, error: BaseException) -> CheckpointError:
         intact = ", ".join(map(str, self.steps())) or "none"
@@ -156,7 +163,8 @@ class Checkpoints:
             f"intact: {intact}"
         )
 
-    def _read_error(self, step: int, error: BaseException) -> CheckpointError:
+    def read_error(self, step: int, error: BaseException) -> CheckpointError:
+        """What to tell of a checkpoint that `error` makes unusable."""
         others = [other for other in self.steps() if other != step]
         hint = f"; remove it to go on from step {others[-1]}" if others else ""
         return CheckpointError(
@@ -178,26 +186,27 @@ def locate(path: str | Path) -> tuple[Path, int]:
     workdir = path.parent if path.name == FOLDER else path
     if not (workdir / FOLDER).is_dir():
         raise CheckpointError(f"{path}: no checkpoints here (looked for {workdir / FOLDER})")
-    steps = Checkpoints(workdir).steps()
+    steps = finished_steps(workdir)
     if not steps:
         raise CheckpointError(f"{workdir / FOLDER}: holds no finished checkpoint")
     return workdir, steps[-1]
 
 
-def _saved(path: str | Path) -> dict[str, Any]:
+def _saved(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
     """The `config` item: a whole job, or of a converted checkpoint the section `model` only."""
-    workdir, step = locate(path)
-    return Checkpoints(workdir).restore(step, config=None)["config"]
+    return checkpoints.restore(step, config=None)["config"]
 
 
 def saved_model_config(path: str | Path) -> ModelConfig:
     """The model of a checkpoint."""
-    return build(ModelConfig, _saved(path).get("model"), "model")
+    workdir, step = locate(path)
+    return build(ModelConfig, _saved(Checkpoints(workdir), step).get("model"), "model")
 
 
 def saved_config(path: str | Path) -> Config | None:
     """The job that a checkpoint belongs to; None for a converted one, which no training made."""
-    mapping = _saved(path)
+    workdir, step = locate(path)
+    mapping = _saved(Checkpoints(workdir), step)
     return from_mapping(mapping) if "train" in mapping else None
 
 
@@ -212,8 +221,8 @@ def load(path: str | Path, *, mesh: Mesh | None = None) -> Model:
       CheckpointError: nothing there, or damaged.
     """
     workdir, step = locate(path)
-    config = saved_model_config(path)
     checkpoints = Checkpoints(workdir)
+    config = build(ModelConfig, _saved(checkpoints, step).get("model"), "model")
     boxed = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = jax.tree.map(

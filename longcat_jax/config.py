@@ -16,6 +16,7 @@ from longcat_jax.dataclass_mapping import ConfigError as ConfigError
 from longcat_jax.dataclass_mapping import build, check_known, require
 from longcat_jax.dataclass_mapping import differences as differences
 from longcat_jax.dataclass_mapping import override as override
+from longcat_jax.dataclass_mapping import read_json as read_json
 from longcat_jax.dataclass_mapping import to_mapping as to_mapping
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -135,12 +136,18 @@ class ModelConfig:
             self.moe_topk_real,
             f"above 0 and at most min(moe_topk, n_routed_experts) = {most}",
         )
+        least = self.moe_topk - self.zero_expert_num  # each token has at least these
         require(
-            self.zero_expert_num > 0 or self.moe_topk_real == self.moe_topk,
+            self.moe_topk_real >= least,
             "model.moe_topk_real",
             self.moe_topk_real,
-            f"moe_topk = {self.moe_topk} where zero_expert_num is 0",
+            f"at least moe_topk - zero_expert_num = {least}",
         )
+        for name in ("bos_token_id", "eos_token_id"):
+            known = getattr(self, name) < self.vocab_size
+            require(
+                known, f"model.{name}", getattr(self, name), f"< vocab_size = {self.vocab_size}"
+            )
         nextn = self.num_nextn_predict_layers
         require(nextn in (0, 1), "model.num_nextn_predict_layers", nextn, "0 or 1")
         require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")

@@ -7,10 +7,12 @@ is said in one line that names the field by its path.
 import ast
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -92,6 +94,24 @@ def build(kind: type, value: Any, path: str = "") -> Any:
     return kind(
         **{name: _convert(hints[name], item, f"{prefix}{name}") for name, item in value.items()}
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ConfigError: not UTF-8, not JSON, or not an object.
+      OSError: the file cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds one {type(value).__name__}, not a JSON object")
+    return value
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

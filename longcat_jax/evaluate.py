@@ -17,8 +17,6 @@ from longcat_jax.checkpoint import METRIC
 from longcat_jax.config import Config
 from longcat_jax.train_step import EvaluationSums, evaluation_step
 
-BASELINES = "baselines.json"
-
 
 def token_sizes(config: Config, directory: Path) -> np.ndarray:
     """Bytes of text behind every id of the model's vocabulary, int32 [W]; 0 for ids unused."""

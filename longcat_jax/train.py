@@ -20,7 +20,15 @@ import jax
 import numpy as np
 
 from longcat_jax import data, workdir
-from longcat_jax.checkpoint import TOKENIZER, Checkpoints, load, locate, saved_model_config
+from longcat_jax.checkpoint import (
+    FOLDER,
+    TOKENIZER,
+    Checkpoints,
+    finished_steps,
+    load,
+    locate,
+    saved_model_config,
+)
 from longcat_jax.config import SHAPE_FIELDS, Config, ConfigError, differences, to_mapping
 from longcat_jax.evaluate import METRIC, compile_evaluation, evaluate, token_sizes
 from longcat_jax.metrics import (
@@ -61,8 +69,6 @@ class _Progress:
     steps: int = 0
     waited: float = 0.0
     """Seconds the host waited for input."""
-    paused: float = 0.0
-    """Seconds of evaluations and of starting checkpoints, which are not steps."""
 
 
 class Trainer:
@@ -70,9 +76,11 @@ class Trainer:
 
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
         self.config, self.directory, self.mesh = config, directory, mesh
-        self.iterator = data.open_train(config, directory / workdir.DATA)
+        self.reading = _reading(config, directory)
+        self.iterator = data.open_train(self.reading, directory / workdir.DATA)
         workdir.keep_tokenizer(directory)
         self.token_bytes = token_sizes(config, directory / workdir.DATA)
+        self.watched = self._on_mesh(next(self._validation()))
         self.checkpoints = Checkpoints(directory, config.train)
         self.writer = MetricsWriter(directory)
         self.state, self.step = self._start()
@@ -99,7 +107,10 @@ class Trainer:
             optimizer={"step": wanted.step, "state": wanted.opt_state},
             data=None,
         )
-        self.iterator.set_state(found["data"])
+        try:
+            self.iterator.set_state(found["data"])
+        except (KeyError, TypeError) as error:
+            raise self.checkpoints.read_error(step, ValueError(f"data: {error!r}")) from error
         self.writer.truncate_after(step)
         optimizer = found["optimizer"]
         print(f"resuming from step {step}", flush=True)
@@ -218,8 +229,7 @@ class Trainer:
             map(self._on_mesh, self._validation()),
             token_bytes_W=self.token_bytes,
         )
-        first = self._on_mesh(next(iter(self._validation())))
-        watched = jax.device_get(self.watch(self.state.params, first))
+        watched = jax.device_get(self.watch(self.state.params, self.watched))
         self.writer.write(self.step, {**results, **watched})
         self.writer.write_expert_load(self.step, load_LE=load, real_experts_histogram=histogram)
         self.writer.flush()
@@ -228,7 +238,7 @@ class Trainer:
         return results
 
     def _validation(self) -> Iterator[Mapping[str, np.ndarray]]:
-        return iter(data.open_validation(self.config, self.directory / workdir.DATA))
+        return iter(data.open_validation(self.reading, self.directory / workdir.DATA))
 
     def _save(self, results: Mapping[str, float] | None) -> None:
         self.checkpoints.save(
@@ -253,29 +263,54 @@ def _new_state(config: Config, mesh: Mesh) -> TrainState:
     return state_from_params(config, mesh, load(config.init_from, mesh=mesh).params)
 
 
-def _from_checkpoint(config: Config) -> Config:
-    """A job that starts from a checkpoint must fit it, and reads text with its tokenizer.
+def _resolved(config: Config, directory: Path) -> Config:
+    """The job with `init_from` naming the one checkpoint that it means.
+
+    A run that has saved needs that checkpoint no more; it may have moved on or gone.
 
     Raises:
-      ConfigError: a model of other shapes.
+      ConfigError: a checkpoint of a model of other shapes.
     """
     if not config.init_from:
         return config
-    model = saved_model_config(config.init_from)
+    start = workdir.started_from(directory, config.init_from)
+    if start is None:
+        _check_shapes(config)
+        base, step = locate(config.init_from)
+        start = base / FOLDER / str(step)
+    return dataclasses.replace(config, init_from=str(start))
+
+
+def _check_shapes(config: Config) -> None:
+    model = to_mapping(saved_model_config(config.init_from))
     shapes = tuple(f"model.{name}: " for name in SHAPE_FIELDS)
-    changed = [
-        line
-        for line in differences(to_mapping(model), to_mapping(config.model), "model")
-        if line.startswith(shapes)
-    ]
+    lines = differences(model, to_mapping(config.model), "model")
+    changed = [line for line in lines if line.startswith(shapes)]
     if changed:
         raise ConfigError(f"init_from={config.init_from!r}: another model ({'; '.join(changed)})")
-    tokenizer = locate(config.init_from)[0] / TOKENIZER
-    if config.data.tokenizer or not tokenizer.is_file():
+
+
+def _reading(config: Config, directory: Path) -> Config:
+    """The job as the data see it: one that starts from a checkpoint has its tokenizer."""
+    if not config.init_from or config.data.tokenizer:
         return config
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer))
-    )
+    folder = directory if finished_steps(directory) else locate(config.init_from)[0]
+    if not (folder / TOKENIZER).is_file():
+        return config
+    settings = dataclasses.replace(config.data, tokenizer=str(folder / TOKENIZER))
+    return dataclasses.replace(config, data=settings)
+
+
+def _check_dtype(config: Config) -> None:
+    """Refuses what would train in another precision than it says, or lose small gradients."""
+    dtype = config.model.dtype
+    if dtype == "float16":
+        raise ConfigError(
+            "model.dtype='float16': must be bfloat16, float32 or float64 for training; gradients "
+            "of a large batch vanish in float16"
+        )
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError("model.dtype='float64': needs JAX_ENABLE_X64=1 in the environment")
 
 
 def _losses_so_far(directory: Path, step: int) -> list[float]:
@@ -347,7 +382,8 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
       CheckpointError: a checkpoint that cannot be read or written.
       TrainingStopped: a loss that is not finite, or a spike.
     """
-    config = _from_checkpoint(config)
+    _check_dtype(config)
+    config = _resolved(config, directory)
     frozen_mask(abstract_boxes(config), config.optim.freeze)  # refuses before anything is written
     mesh = make_mesh(config.mesh)
     with workdir.locked(directory), jax.set_mesh(mesh), _signals() as stop_asked:
@@ -355,6 +391,11 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
         print(describe(config, mesh), flush=True)
         trainer = Trainer(config, directory, mesh)
         try:
+            if profile and not trainer.step <= profile[0] < config.train.steps:
+                raise ConfigError(
+                    f"--profile={profile[0]}:{profile[1]}: START must be in the steps to come, "
+                    f"{trainer.step} to {config.train.steps - 1}"
+                )
             if trainer.step < config.train.steps:
                 trainer.loop(stop_asked=stop_asked, profile=profile)
             else:

@@ -115,10 +115,11 @@ def state_from_params(config: Config, mesh: Mesh, params: Any) -> TrainState:
 def _gradients(
     params: Any, config: Config, batch: Batch, totals: Denominators
 ) -> tuple[LossTerms, RouterCounts, Any]:
-    frozen = frozen_mask(abstract_boxes(config), config.optim.freeze)
+    patterns = config.optim.freeze
+    frozen = frozen_mask(abstract_boxes(config), patterns) if patterns else None
 
     def objective(p: Any) -> tuple[jax.Array, tuple[LossTerms, RouterCounts]]:
-        p = stop_frozen_gradients(p, frozen)
+        p = stop_frozen_gradients(p, frozen) if patterns else p
         terms, counts = loss_terms(p, config, batch, totals)
         return total_loss(terms, config), (terms, counts)
 

@@ -6,13 +6,19 @@ checkpoints/STEP/  profile/  report.html  report.png
 
 import contextlib
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from longcat_jax.checkpoint import FOLDER, TOKENIZER, write_json
-from longcat_jax.config import Config, ConfigError, differences, from_mapping, to_mapping
+from longcat_jax.checkpoint import TOKENIZER, finished_steps, write_json
+from longcat_jax.config import (
+    Config,
+    ConfigError,
+    differences,
+    from_mapping,
+    read_json,
+    to_mapping,
+)
 
 CONFIG = "config.json"
 DATA = "data"
@@ -39,20 +45,17 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Makes the directory this job's, or checks that it already is.
+    """Makes the directory this job's, or checks that it already is. A job that never saved a
+    checkpoint gives way to the next.
 
     Raises:
       ConfigError: it belongs to another job; the line says which keys differ.
     """
-    path = workdir / CONFIG
-    if not path.exists():
-        if (workdir / FOLDER).is_dir() and any((workdir / FOLDER).iterdir()):
-            raise ConfigError(
-                f"{workdir}: holds checkpoints but no {CONFIG}; use another --workdir"
-            )
-        write_json(path, to_mapping(config))
+    path, wanted = workdir / CONFIG, to_mapping(config)
+    if not finished_steps(workdir):
+        write_json(path, wanted)
         return
-    changed = differences(to_mapping(read_config(workdir)), to_mapping(config))
+    changed = differences(to_mapping(read_config(workdir)), wanted)
     refused = [line for line in changed if not line.startswith(FREE)]
     if refused:
         raise ConfigError(
@@ -60,7 +63,7 @@ def claim(workdir: Path, config: Config) -> None:
             "use another --workdir, or the config it was started with"
         )
     if changed:
-        write_json(path, to_mapping(config))
+        write_json(path, wanted)
 
 
 def read_config(workdir: Path) -> Config:
@@ -72,16 +75,28 @@ def read_config(workdir: Path) -> Config:
     path = workdir / CONFIG
     if not path.is_file():
         raise ConfigError(f"{path}: not there; is {workdir} the workdir of a training run?")
+    mapping = read_json(path)
     try:
-        return from_mapping(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+        return from_mapping(mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def keep_tokenizer(workdir: Path) -> None:
     """Puts the data's tokenizer beside the checkpoints, where `load` finds it."""
-    source = workdir / DATA / TOKENIZER
-    if source.is_file() and not (workdir / TOKENIZER).is_file():
+    source, target = workdir / DATA / TOKENIZER, workdir / TOKENIZER
+    if not target.is_file() or target.read_bytes() != source.read_bytes():
         partial = workdir / (TOKENIZER + ".partial")
         shutil.copyfile(source, partial)
-        partial.replace(workdir / TOKENIZER)
+        partial.replace(target)
+
+
+def started_from(workdir: Path, path: str) -> Path | None:
+    """The checkpoint that the run in `workdir` was started from, if `path` means that one.
+
+    It need not exist any more: a run that has saved goes on without it.
+    """
+    if not finished_steps(workdir):
+        return None
+    stored, named = read_config(workdir).init_from, Path(path).absolute()
+    return Path(stored) if stored and named in (Path(stored), *Path(stored).parents) else None

@@ -56,7 +56,7 @@ FLOORS: dict[str, float] = {
     "longcat_jax.parallel.multihost": 3,
     "longcat_jax.report.": 3.1,
     "longcat_jax.hf.": 3.1,
-    "longcat_jax.baselines": 3.1,
+    "longcat_jax.baselines": 3.05,
     "longcat_jax.workdir": 3.1,
     "longcat_jax.parallel.pipeline.split_vjp": 4,
     "longcat_jax.parallel.pipeline.executor": 4,

@@ -41,7 +41,9 @@ WRONG = {
     "model.moe_topk=18": ("model.moe_topk=18", "n_routed_experts + zero_expert_num = 17"),
     "model.moe_topk_real=4.5": ("model.moe_topk_real=4.5", "at most", "= 4"),
     "model.moe_topk_real=0": ("model.moe_topk_real=0.0", "above 0"),
-    "model.zero_expert_num=0": ("model.moe_topk_real=2.5", "moe_topk = 4"),
+    "model.zero_expert_num=0": ("model.moe_topk_real=2.5", "moe_topk - zero_expert_num = 4"),
+    "model.zero_expert_num=1": ("model.moe_topk_real=2.5", "at least", "= 3"),
+    "model.bos_token_id=44": ("model.bos_token_id=44", "< vocab_size = 44"),
     "model.num_nextn_predict_layers=2": ("model.num_nextn_predict_layers=2", "0 or 1"),
     "model.dtype=int8": ("model.dtype='int8'", "bfloat16, float16, float32, float64"),
     "model.max_position_embeddings=12": (

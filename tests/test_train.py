@@ -4,12 +4,12 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from longcat_jax.checkpoint import CheckpointError, Checkpoints, load
 from longcat_jax.config import Config, ConfigError, MeshConfig, from_mapping, to_mapping
 from longcat_jax.metrics import read_metrics
 from longcat_jax.train import TrainingStopped, train
-from longcat_jax.workdir import locked
+from longcat_jax.workdir import claim, locked, read_config
 from tests.helpers import SIZES
 
 TIMES = ("tokens_per_second", "step_seconds", "input_wait", "tflops")
@@ -108,8 +108,10 @@ def raw(workdir: Path, step: int, item: str) -> object:
         return reader.restore(folder)
 
 
-def start(workdir: Path, config: Config, settings: dict[str, str]) -> subprocess.Popen:
-    """A training process of its own that has done its first step."""
+def start(
+    workdir: Path, config: Config, settings: dict[str, str], *, until: int = 1
+) -> subprocess.Popen:
+    """A training process of its own that has logged step `until` or a later one."""
     path = workdir.with_suffix(".json")
     path.write_text(json.dumps(to_mapping(config)))
     process = subprocess.Popen(
@@ -120,7 +122,8 @@ def start(workdir: Path, config: Config, settings: dict[str, str]) -> subprocess
         env=os.environ | settings | {"PYTHONUNBUFFERED": "1"},
     )
     for line in process.stdout:
-        if line.startswith("step ") and "/" in line:
+        logged = re.match(r"step (\d+)/", line)
+        if logged and int(logged[1]) >= until:
             return process
     raise AssertionError(f"ended early with {process.wait()}")
 
@@ -128,14 +131,13 @@ def start(workdir: Path, config: Config, settings: dict[str, str]) -> subprocess
 def test_killed_three_times_equals_uninterrupted(
     corpus: Path, trained: Path, tmp_path: Path, quick_compilation: dict[str, str]
 ) -> None:
-    rng, kills = random.Random(), 0
-    for _ in range(3):
-        process = start(tmp_path / "killed", job(corpus), quick_compilation)
-        time.sleep(rng.uniform(0, 2))
+    moments = sorted(random.SystemRandom().sample(range(2, 56), 3))
+    print("killed at steps", moments)
+    for moment in moments:
+        process = start(tmp_path / "killed", job(corpus), quick_compilation, until=moment)
         process.kill()
-        kills += process.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         process.stdout.close()
-    assert kills > 0, "every process ended before it was killed: the test tests nothing"
     train(job(corpus), tmp_path / "killed")
     assert_same_run(trained, tmp_path / "killed", 60)
 
@@ -291,3 +293,75 @@ def test_resumes_on_a_mesh_of_four_devices(corpus: Path, trained: Path, copied: 
         for workdir in (copied, trained)
     )
     np.testing.assert_allclose(losses, alone, rtol=1e-3)
+
+
+def test_a_tuned_run_goes_on_when_its_base_has_gone(
+    corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    shutil.copytree(trained, base)
+    config = dataclasses.replace(job(corpus), init_from=str(base))
+    train(config, tuned)
+    assert read_config(tuned).init_from == str(base / "checkpoints" / "60")
+    shutil.rmtree(base)
+    back_to(tuned, 50)
+    train(config, tuned)
+    with pytest.raises(CheckpointError, match="no checkpoints here"):
+        train(config, tmp_path / "another")
+
+
+def test_a_job_that_never_saved_gives_way_to_its_correction(corpus: Path, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(
+        job(corpus), data=dataclasses.replace(job(corpus).data, sources={"text": "nowhere"})
+    )
+    with pytest.raises(data.DataError, match="nowhere"):
+        train(wrong, tmp_path)
+    claim(tmp_path, job(corpus))
+    assert read_config(tmp_path) == job(corpus)
+
+
+def test_data_without_validation_are_refused_before_the_first_step(
+    corpus: Path, tmp_path: Path
+) -> None:
+    text = corpus.parent / "text.jsonl"
+    tokenizer = str(corpus / "tokenizer.json")
+    data.prepare([str(text)], tmp_path / "all", tokenizer_path=tokenizer, validation=0)
+    with pytest.raises(data.DataError, match="no validation documents"):
+        train(job(tmp_path / "all"), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_other_data_under_the_same_name_are_noticed_on_resume(
+    corpus: Path, copied: Path, tmp_path: Path
+) -> None:
+    prepared = tmp_path / "prepared"
+    shutil.copytree(corpus, prepared)
+    shutil.copytree(copied, tmp_path / "run")
+    config = job(prepared)
+    checkpoint = tmp_path / "run" / "checkpoints" / "60" / "data" / "metadata"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_mapping(config)))
+    train(config, tmp_path / "run")
+    changed = checkpoint.read_text().replace('"content": {"text": "', '"content": {"text": "0')
+    checkpoint.write_text(changed)
+    with pytest.raises(data.DataError, match="data.sources.text: holds other data"):
+        train(config, tmp_path / "run")
+    for damaged in ('{"step": 3}', "[1]"):
+        checkpoint.write_text(damaged)
+        with pytest.raises(CheckpointError, match="60: cannot be read"):
+            train(config, tmp_path / "run")
+
+
+def test_a_profile_outside_of_the_steps_to_come_is_refused(corpus: Path, copied: Path) -> None:
+    with pytest.raises(ConfigError, match="--profile=3:9: START must be in the steps to come"):
+        train(job(corpus), copied, profile=(3, 9))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_dtype_that_would_not_be_what_it_says_is_refused(
+    dtype: str, corpus: Path, tmp_path: Path
+) -> None:
+    config = job(corpus)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    with pytest.raises(ConfigError, match=f"model.dtype='{dtype}'"):
+        train(config, tmp_path)
+    assert not any(tmp_path.iterdir())

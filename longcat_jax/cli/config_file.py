@@ -1,6 +1,5 @@
 """Reads a configuration: a Python file with get_config(), or a saved config.json."""
 
-import json
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +7,13 @@ from typing import Any
 
 from longcat_jax import config as config_lib
 
+OVERRIDES = "Any key of the configuration can be set: --config.train.steps=200"
+"""What the help of a command with --config.KEY=VALUE ends with."""
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> config_lib.Config:
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, directory: Path | None = None
+) -> config_lib.Config:
     """`path` validated, with `PATH=VALUE` overrides applied.
 
     A job that starts from a checkpoint (`init_from`) has that checkpoint's model, whatever the
@@ -19,13 +23,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> config_lib.C
       path: a .py file whose `get_config()` returns a mapping such as ml_collections.ConfigDict, or
         a .json file as a workdir holds it.
       overrides: e.g. `["model.num_layers=4"]`.
+      directory: the workdir that it is for; a run there that has saved holds its model itself.
 
     Raises:
       ConfigError: anything wrong with the file or a value in it, as one line.
       OSError: the file cannot be read.
     """
     path = Path(path)
-    readers = {".py": _run_python, ".json": _read_json}
+    readers = {".py": _run_python, ".json": config_lib.read_json}
     if path.suffix not in readers:
         raise config_lib.ConfigError(
             f"{path}: not a configuration; name a .py file with get_config(), or a .json file"
@@ -37,14 +42,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> config_lib.C
     mapping = dict(mapping.items())
     start = _init_from(mapping, overrides)
     if start:
-        from longcat_jax.checkpoint import saved_model_config  # brings jax: only where needed
-
-        mapping["model"] = saved_model_config(start)
+        mapping["model"] = _started_model(start, directory)
     try:
         config = config_lib.from_mapping(mapping)
     except config_lib.ConfigError as error:
         raise config_lib.ConfigError(f"{path}: {error}") from error
     return config_lib.override(config, overrides)
+
+
+def _started_model(start: str, directory: Path | None) -> config_lib.ModelConfig:
+    from longcat_jax import checkpoint, workdir  # they bring jax: only where needed
+
+    if directory is not None and workdir.started_from(directory, start):
+        return workdir.read_config(directory).model
+    return checkpoint.saved_model_config(start)
 
 
 def _init_from(mapping: Mapping[str, Any], overrides: Sequence[str]) -> str:
@@ -58,14 +69,6 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise config_lib.ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        message = f"{path}:{error.lineno}: not valid JSON: {error.msg}"
-        raise config_lib.ConfigError(message) from error
 
 
 def _run_python(path: Path) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from longcat_jax.baselines import BASELINES_FILE
 from longcat_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 
 LENGTH = 2048
@@ -32,6 +33,8 @@ def _evaluation_of(model: ModelConfig) -> Config:
 
 
 def _on_other_data(config: Config, path: str, tokenizer: Path) -> Config:
+    if not Path(path).is_dir():
+        raise ValueError(f"--data={path}: no such directory; `longcat prepare` makes one")
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer}: not there; without it text has no tokens")
     source = dataclasses.replace(
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"bits per byte: model {bits:.3f}")
     if args.baselines:
         found = evaluation.measure_baselines(config, folder, step)
-        checkpoint.write_json(directory / evaluation.BASELINES, dataclasses.asdict(found))
+        checkpoint.write_json(directory / BASELINES_FILE, dataclasses.asdict(found))
         print(f"               bigram {found.bigram:.3f} (add-k, on what training saw)")
         print(f"               unigram {found.unigram:.3f}, xz -9 {found.xz:.3f}")
         print(f"the model is {found.bigram - bits:+.3f} bits per byte better than the bigram")

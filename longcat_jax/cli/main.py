@@ -10,6 +10,7 @@ is immediate.
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -156,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-h", "--help"):
         print(help_text())
         return 0
+    # Orbax logs every thread of a failing save; what matters of it is in the error that is raised.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         args = parse(argv)
         return args.run(args) or 0

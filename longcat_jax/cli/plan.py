@@ -7,13 +7,13 @@ import argparse
 import math
 from typing import Any
 
-from longcat_jax.cli.config_file import load_config
+from longcat_jax.cli.config_file import OVERRIDES, load_config
 from longcat_jax.config import Config
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command's options."""
-    parser = subparsers.add_parser("plan", description=__doc__)
+    parser = subparsers.add_parser("plan", description=__doc__, epilog=OVERRIDES)
     parser.add_argument("--config", required=True, help="a configs/*.py file or a config.json")
     parser.set_defaults(run=run, overrides=[])
 

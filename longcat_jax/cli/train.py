@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from longcat_jax.cli.config_file import load_config
+from longcat_jax.cli.config_file import OVERRIDES, load_config
 
 
 def _interval(text: str) -> tuple[int, int]:
@@ -15,7 +15,7 @@ def _interval(text: str) -> tuple[int, int]:
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command's options."""
-    parser = subparsers.add_parser("train", description=__doc__)
+    parser = subparsers.add_parser("train", description=__doc__, epilog=OVERRIDES)
     parser.add_argument("--config", required=True, help="a configs/*.py file or a config.json")
     parser.add_argument("--workdir", required=True, type=Path, help="where everything is written")
     parser.add_argument(
@@ -26,7 +26,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains."""
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, directory=args.workdir)
     from longcat_jax.train import train  # after the config is known to be good: jax is slow
 
     train(config, args.workdir, profile=args.profile)

@@ -2,8 +2,9 @@
 
 The documents form a ring of tokens. Row i is T + 1 of them from `phase + i * T` on: neighbouring
 rows share a token, the last target of one and the first input of the next, so each token of a
-document but its first is a target exactly once an epoch. Each piece of a document is a segment of
-its own, with positions from 0; attention and targets never cross a segment's edge.
+document but its first is a target once an epoch, but for up to T at the end of the ring that fill
+no row (others each epoch, as the phase moves). Each piece of a document is a segment of its own,
+with positions from 0; attention and targets never cross a segment's edge.
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from longcat_jax.config import Config, ConfigError, StageConfig
 from longcat_jax.data.packing import PackedRows, pack_all, to_batch
-from longcat_jax.data.records import TOKENIZER, DataError, TokenDocuments
+from longcat_jax.data.records import MANIFEST, TOKENIZER, DataError, TokenDocuments
 from longcat_jax.data.shuffle import ROUNDS, permuted
 from longcat_jax.data.sources import resolve_sources
 from longcat_jax.data.tokenizer import load_tokenizer
@@ -27,7 +27,9 @@ Batch = dict[str, np.ndarray]
 class _Stream:
     """A source's rows, endless: each epoch is cut at other places and comes in another order."""
 
-    def __init__(self, documents: TokenDocuments, *, seed: int, length: int) -> None:
+    def __init__(self, documents: TokenDocuments, *, seed: int, length: int, content: str) -> None:
+        self.content = content
+        """Identifies the data: a saved position counts in these rows and no others."""
         self._packed = PackedRows(documents, documents.lengths, length=length)
         self._seed, self._length = seed, length
         self._keys: tuple[int, list[int]] | None = None
@@ -107,7 +109,12 @@ class _BatchIterator(grain.DatasetIterator):
         return to_batch([streams[name].row(number) for name, number in mine])
 
     def get_state(self) -> dict[str, Any]:
-        return {"step": self._step, "drawn": dict(self._mixture.drawn), "taken": dict(self._taken)}
+        return {
+            "step": self._step,
+            "drawn": dict(self._mixture.drawn),
+            "taken": dict(self._taken),
+            "content": {name: s.content for name, s in self._batches.streams.items()},
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         if set(state["taken"]) != set(self._taken):
@@ -115,6 +122,11 @@ class _BatchIterator(grain.DatasetIterator):
             raise DataError(
                 f"data.sources: the checkpoint's data had {saved}, the config has {now}"
             )
+        for name, stream in self._batches.streams.items():
+            if state["content"][name] != stream.content:
+                raise DataError(
+                    f"data.sources.{name}: holds other data than when the checkpoint was saved"
+                )
         self._step = state["step"]
         self._mixture.drawn = dict(state["drawn"])
         self._taken = dict(state["taken"])
@@ -157,7 +169,13 @@ def open_train(
     for name, path in paths.items():
         documents = TokenDocuments(path, "train")
         seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{name}".encode()).digest()[:8])
-        streams[name] = _Stream(documents, seed=seed, length=config.train.sequence_length + 1)
+        manifest = (path / MANIFEST).read_bytes()
+        streams[name] = _Stream(
+            documents,
+            seed=seed,
+            length=config.train.sequence_length + 1,
+            content=hashlib.sha256(manifest).hexdigest()[:16],
+        )
     batches = _Batches(streams, config, part=part)
     return iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch))
 

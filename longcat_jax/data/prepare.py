@@ -111,7 +111,9 @@ def prepare_installed_python(
     validation_bytes = round(settings["validation_mb"] * 1e6)
     with staged(output) as directory:
         corpus = installed_python(train_bytes=train_bytes, validation_bytes=validation_bytes)
-        tokenizer = tokenizer or train_tokenizer(corpus.train, vocab_size)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(corpus.train, vocab_size)
+            ids.check(tokenizer, "the default tokenizer")
         documents = [("train", text) for text in corpus.train]
         documents += [("validation", text) for text in corpus.validation]
         total = sum(corpus.train_packages.values()) + sum(corpus.validation_packages.values())

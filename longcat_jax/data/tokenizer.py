@@ -123,7 +123,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"model.vocab_size={vocab_size}: must be >= {MIN_VOCAB_SIZE} (256 bytes and "
+            f"vocab_size={vocab_size}: must be >= {MIN_VOCAB_SIZE} (256 bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens)"
         )
     sample, size = [], 0

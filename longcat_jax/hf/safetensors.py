@@ -4,11 +4,12 @@ A file is 8 bytes of header length, a JSON header (name -> dtype, shape, byte ra
 A checkpoint is one file or several, the latter usually with an index.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -30,6 +31,15 @@ LONGEST_HEADER = 100_000_000
 
 class HFError(ValueError):
     """A HuggingFace checkpoint that cannot be converted; the message is one line for the user."""
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """The system's errors on an open file don't say which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +87,13 @@ class Entry:
         """Puts rows at start.. into a file made by `create`."""
         view = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         done, first = 0, self.offset + start * self.row_bytes
-        file = os.open(self.file, os.O_WRONLY)
-        try:
-            while done < len(view):
-                done += os.pwrite(file, view[done:], first + done)
-        finally:
-            os.close(file)
+        with _named(self.file):
+            file = os.open(self.file, os.O_WRONLY)
+            try:
+                while done < len(view):
+                    done += os.pwrite(file, view[done:], first + done)
+            finally:
+                os.close(file)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -189,7 +200,7 @@ def create(file: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) 
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # bytes begin aligned
     base = 8 + len(text)
-    with file.open("wb") as stream:
+    with _named(file), file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(base + end)
     return {n: dataclasses.replace(e, offset=base + e.offset) for n, e in entries.items()}

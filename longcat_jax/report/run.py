@@ -4,7 +4,6 @@ Letters: L layers, E router outputs (real experts, then identity experts).
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 
 from longcat_jax import config as config_lib
 from longcat_jax import metrics
+from longcat_jax.baselines import BASELINES_FILE
 
-BASELINES_FILE = "baselines.json"
 BASELINES = ("unigram", "bigram", "xz")
 """Keys of that file with bits per byte; `longcat evaluate` notes how it found them in others."""
 
@@ -60,7 +59,7 @@ def read_run(workdir: Path) -> Run:
       ValueError: a file is empty, corrupt, or doesn't fit the configuration.
     """
     rows = metrics.read_metrics(workdir)
-    config = config_lib.from_mapping(_read_json(workdir / "config.json"))
+    config = config_lib.from_mapping(config_lib.read_json(workdir / "config.json"))
     load = None
     if (workdir / metrics.EXPERT_LOAD_FILE).exists():
         load = _expert_load(metrics.read_expert_load(workdir)[-1], config.model)
@@ -76,7 +75,7 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 
 def _baselines(path: Path) -> dict[str, float]:
-    mapping = _read_json(path)
+    mapping = config_lib.read_json(path)
     mapping = {name: mapping[name] for name in BASELINES if name in mapping}
     values = _numbers(list(mapping.values()), str(path))
     if values.ndim != 1 or not np.isfinite(values).all():
@@ -103,13 +102,3 @@ def _numbers(values: Any, where: str) -> np.ndarray:
         return np.array(values, dtype=float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} holds something that isn't a number") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return mapping

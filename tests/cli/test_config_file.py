@@ -44,7 +44,7 @@ def test_saved_json_reads_back(tmp_path: Path) -> None:
         ("c.py", "def get_config():\n    return dict(modle={})\n", "did you mean 'model'?"),
         ("c.py", "\x00", "null byte"),
         ("c.json", "{\n  'a': 1}", ":2: not valid JSON"),
-        ("c.json", "7", ": holds one int, not a mapping"),
+        ("c.json", "7", ": holds one int, not a JSON object"),
         ("c.json", "{}", ": model: missing"),
         ("c.yaml", "a: 1", ": not a configuration; name a .py file"),
     ],

@@ -97,5 +97,5 @@ def test_evaluate_needs_data_for_a_converted_checkpoint(
     capsys.readouterr()
     assert main(["evaluate", f"--checkpoint={tmp_path / 'ours'}"]) == 1
     assert "a converted checkpoint has no data; name --data" in capsys.readouterr().err
-    assert main(["evaluate", f"--checkpoint={tmp_path / 'ours'}", "--data=somewhere"]) == 1
+    assert main(["evaluate", f"--checkpoint={tmp_path / 'ours'}", f"--data={tmp_path}"]) == 1
     assert "tokenizer.json: not there" in capsys.readouterr().err

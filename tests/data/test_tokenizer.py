@@ -59,7 +59,7 @@ def test_added_tokens_count_their_text(tokenizer: Tokenizer, tmp_path: Path) -> 
 
 
 def test_too_small_a_vocabulary() -> None:
-    with pytest.raises(DataError, match="model.vocab_size=258: must be >= 259"):
+    with pytest.raises(DataError, match="vocab_size=258: must be >= 259"):
         train_tokenizer(TEXTS, 258)
 
 
