@@ -2,8 +2,8 @@
 
 A loop whose trip count is the number of blocks in use, so rows that belong to no group cost nothing
 and no weight is ever copied per block. Measured against batching all blocks with gathered weights,
-chunks of blocks, and other block sizes (experiments/LOG.md): within noise or faster at the
-quickstart's shapes, and its memory does not grow with R.
+chunks of blocks, and other block sizes (experiments/LOG.md): as fast or faster where part of the
+rows belongs to no group, and its memory does not grow with R.
 
 R rows, K contracted width, N output width, G groups, M rows of a block, B blocks.
 """
