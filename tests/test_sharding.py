@@ -1,13 +1,16 @@
 """The mesh: sharded training equals one device's, nothing large replicated, one start anywhere."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import ConfigError, MeshConfig, override
+from longcat_jax.parameters import unbox
 from longcat_jax.sharding import make_mesh
-from longcat_jax.train_step import abstract_state, init_state
+from longcat_jax.train_step import abstract_boxes, abstract_state, init_state
 from tests.helpers import exact, relative_error, tiny_config, trained
 
 MEBIBYTE = 2**20
@@ -38,10 +41,27 @@ def test_training_on_a_mesh_equals_training_on_one_device(mesh):
         assert many.kept, "the step keeps shardings and dtypes"
 
 
-def test_sharded_steps_have_collectives_and_one_device_has_none():
+def test_collectives_gather_weights_and_not_the_residual_stream():
+    """Weights are gathered where they are used (FSDP), never the residual stream."""
+    config = tiny_config()
     with exact():
-        assert "all-reduce" in trained(mesh=ALL).compiled
-        assert "all-reduce" not in trained().compiled
+        boxed = jax.tree.leaves(unbox(abstract_boxes(config)))
+    weights = {tuple(sorted(leaf.shape)) for leaf in boxed}
+    weights |= {tuple(sorted(leaf.shape[1:])) for leaf in boxed}  # of one layer
+    activation = config.train.global_batch * config.train.sequence_length * config.model.hidden_size
+    with exact():
+        found = _all_gathers(trained(mesh=ALL).compiled)
+        assert not _all_gathers(trained().compiled)
+    assert {tuple(sorted(shape)) for shape in found} & weights, "FSDP gathers its weights"
+    for shape in found:
+        known = tuple(sorted(size for size in shape if size > 1)) in weights
+        assert known or np.prod(shape) < activation, f"all-gather of {shape}"
+
+
+def _all_gathers(compiled: str) -> list[tuple[int, ...]]:
+    """Shapes of the float arrays that come out of all-gathers."""
+    shapes = re.findall(r"= f\d+\[([\d,]*)\]\S* all-gather\(", compiled)
+    return [tuple(map(int, shape.split(","))) for shape in shapes]
 
 
 @pytest.mark.parametrize(("fsdp", "expert"), [(8, 1), (2, 4), (1, 8)])
