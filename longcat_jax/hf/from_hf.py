@@ -108,12 +108,12 @@ def open_hf(directory: str | Path) -> HFCheckpoint:
     entries = safetensors.open_checkpoint(directory)
     raw = hf_config.read_raw(directory)
     embedding = entries.get(layout.MAIN[0].name)
+    own = embedding.dtype.name if embedding is not None and embedding.dtype != FP8 else None
     stated = raw.get("dtype") or raw.get("torch_dtype")
-    if embedding is not None and embedding.dtype != FP8:
-        stated = stated if any(e.dtype == FP8 for e in entries.values()) else None
-        stated = stated or embedding.dtype.name
+    quantised = any(entry.dtype == FP8 for entry in entries.values())
+    dtype = (stated or own) if quantised else (own or stated)
     mtp = any(name.startswith(layout.MTP_PREFIX) for name in entries)
-    config = hf_config.parse(raw, dtype=str(stated), mtp=mtp)
+    config = hf_config.parse(raw, dtype=str(dtype or "float32"), mtp=mtp)
     block = _block(raw)
     return HFCheckpoint(directory, entries, config, block, compare(entries, config, block))
 

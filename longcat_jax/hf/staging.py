@@ -113,12 +113,13 @@ class Staging:
 
     def finish(self, names: Iterable[str]) -> bool:
         """Renames the result if every tensor of the plan is stored; whether the output is there."""
-        with self._locked():
-            if not self.result.is_dir():
-                return self.output.is_dir()  # another process was quicker
-            if not self.finished().keys() >= set(names):
-                return False
-            self.result.rename(self.output)
+        try:
+            with self._locked():
+                if not self.finished().keys() >= set(names):
+                    return False
+                self.result.rename(self.output)
+        except FileNotFoundError:
+            return self.output.is_dir()  # another process was quicker
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 

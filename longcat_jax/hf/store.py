@@ -23,7 +23,6 @@ from longcat_jax.hf.safetensors import HFError
 PIECE = 32 << 20
 """Bytes of a matrix that are in hand at once, and of a chunk."""
 CONTEXT = {
-    "cache_pool": {"total_bytes_limit": 0},
     "data_copy_concurrency": {"limit": 2},
     "file_io_concurrency": {"limit": 8},
     "file_io_sync": False,
@@ -132,25 +131,25 @@ def open_arrays(item: Path, config: ModelConfig) -> dict[str, ts.TensorStore]:
         metadata = json.loads((item / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise HFError(f"{item}: not an Orbax item (no readable {METADATA})") from None
-    arrays, largest = {}, 0
-    for limit in (0, None):
-        # A chunk larger than a piece is read once and cut from memory, not read for every piece.
-        bytes_limit = 0 if limit == 0 else 2 * largest
-        context = ts.Context({**CONTEXT, "cache_pool": {"total_bytes_limit": bytes_limit}})
-        arrays = {
-            path: _open(item, path, metadata, context=context) for path in array_shapes(config)
-        }
-        sizes = [
-            math.prod(a.chunk_layout.read_chunk.shape) * a.dtype.numpy_dtype.itemsize
-            for a in arrays.values()
-        ]
-        largest = max(sizes)
-        if largest <= 2 * PIECE:
-            break
+    arrays = _open_all(item, config, metadata, cache_bytes=0)
+    largest = max(
+        math.prod(a.chunk_layout.read_chunk.shape) * a.dtype.numpy_dtype.itemsize
+        for a in arrays.values()
+    )
+    if largest > 2 * PIECE:
+        # A larger chunk is read once and cut from memory, not read again for every piece.
+        arrays = _open_all(item, config, metadata, cache_bytes=2 * largest)
     for path, shape in array_shapes(config).items():
         if arrays[path].shape != shape:
             raise HFError(f"{item}: {path} is {list(arrays[path].shape)}, expected {list(shape)}")
     return arrays
+
+
+def _open_all(
+    item: Path, config: ModelConfig, metadata: Mapping, *, cache_bytes: int
+) -> dict[str, ts.TensorStore]:
+    context = ts.Context({**CONTEXT, "cache_pool": {"total_bytes_limit": cache_bytes}})
+    return {path: _open(item, path, metadata, context=context) for path in array_shapes(config)}
 
 
 def _open(item: Path, path: str, metadata: Mapping, *, context: ts.Context) -> ts.TensorStore:
@@ -160,11 +159,7 @@ def _open(item: Path, path: str, metadata: Mapping, *, context: ts.Context) -> t
     else:
         kvstore = {"driver": "file", "path": f"{item / array_name(path)}/"}
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    spec = {
-        "driver": driver,
-        "kvstore": kvstore,
-        "store_data_equal_to_fill_value": True,
-    }
+    spec = {"driver": driver, "kvstore": kvstore, "store_data_equal_to_fill_value": True}
     try:
         return ts.open(spec, open=True, context=context).result()
     except ValueError as error:
