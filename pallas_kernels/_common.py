@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
@@ -49,6 +50,27 @@ def require_integer(operator: str, **arrays: jax.Array) -> None:
             jnp.issubdtype(array.dtype, jnp.integer),
             f"{operator}: {name} is {array.dtype}, expected an integer dtype",
         )
+
+
+def varying_axes(*arrays: jax.Array) -> frozenset[str]:
+    """The mesh axes of an enclosing shard_map over which any of the arrays varies."""
+    return frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+
+
+def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The array, marked as varying over these axes too."""
+    missing = tuple(sorted(axes - jax.typeof(array).manual_axis_type.varying))
+    return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, all varying over the same axes.
+
+    Under shard_map an array that is the same everywhere, such as a replicated weight, gets the sum
+    of all devices' gradients through this: a custom_vjp by itself would not add them.
+    """
+    axes = varying_axes(*arrays)
+    return tuple(vary(array, axes) for array in arrays)
 
 
 def on_hopper() -> bool:

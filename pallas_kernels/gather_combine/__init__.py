@@ -71,7 +71,8 @@ def gather_combine(
         slots_TK.shape == weights_TK.shape,
         f"{name}: slots_TK is {slots_TK.shape}, weights_TK {weights_TK.shape}",
     )
-    return _common.select(name, implementation, _COMBINE)(values_RD, slots_TK, weights_TK)
+    run = _common.select(name, implementation, _COMBINE)
+    return run(*_common.vary_together(values_RD, slots_TK, weights_TK))
 
 
 def gather_rows(
@@ -110,4 +111,4 @@ def gather_rows(
     )
     best = "mosaic" if _common.on_hopper() and _mosaic_fits(x_TD) else "reference"
     run = _common.select(name, implementation, _ROWS, best=best)
-    return run(x_TD, token_of_row_R, slots_TK)
+    return run(*_common.vary_together(x_TD, token_of_row_R, slots_TK))

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic
+from pallas_kernels import _common, _mosaic
 from pallas_kernels.gather_combine import reference
 
 LINE = 128  # columns; one to a thread of a warpgroup
@@ -97,6 +97,7 @@ def copy_rows(x_TD: jax.Array, token_of_row_R: jax.Array) -> jax.Array:
         grid=(grid,),
         grid_names=("cta",),
     )(x_TD.reshape(num_tokens, num_lines, LINE), token_of_row_R.astype(jnp.int32))
+    out = _common.vary(out, _common.varying_axes(x_TD))
     return out.reshape(num_rows, width)
 
 

@@ -79,4 +79,4 @@ def grouped_gemm(
     )
     best = "mosaic" if _common.on_hopper() and _mosaic_fits(lhs_RK, rhs_GKN) else "reference"
     run = _common.select(name, implementation, _IMPLEMENTATIONS, best=best)
-    return run(lhs_RK, rhs_GKN, group_sizes_G)
+    return run(*_common.vary_together(lhs_RK, rhs_GKN, group_sizes_G))

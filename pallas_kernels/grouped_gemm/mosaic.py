@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic
+from pallas_kernels import _common, _mosaic
 from pallas_kernels.grouped_gemm import pipeline, schedule
 from pallas_kernels.grouped_gemm.schedule import CHUNK, TILE_ROWS, Tiling
 
@@ -26,7 +26,7 @@ GRADIENT = Tiling(pair="rows")
 def _call(
     body: Any, out_type: jax.ShapeDtypeStruct, scratch: pipeline.Buffers, *operands: Any
 ) -> jax.Array:
-    return plgpu.kernel(
+    out = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=(scratch,),
@@ -37,6 +37,7 @@ def _call(
         num_threads=pipeline.COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
     )(*operands)
+    return _common.vary(out, _common.varying_axes(*jax.tree.leaves(operands)))
 
 
 def _shared(tiling: Tiling, operand: str) -> tuple[str, ...]:
@@ -107,6 +108,7 @@ def _product_kernel(
 
     pipeline.run(
         pipeline.Work(
+            zero=tiles.totals_2[0] * 0,
             count=count,
             locate=locate,
             steps=lambda tile: num_steps,
@@ -214,6 +216,7 @@ def _gradient_kernel(
 
     pipeline.run(
         pipeline.Work(
+            zero=rows.group_G[0] * 0,
             count=count,
             locate=locate,
             steps=lambda tile: rows.steps_G[tile[0]],

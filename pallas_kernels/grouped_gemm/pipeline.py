@@ -38,6 +38,8 @@ class Work(NamedTuple):
     """What a kernel puts into the skeleton; `tile` is what `locate` returns.
 
     Attributes:
+      zero: of the tables' type: under shard_map they vary over its axes, and so must what a loop
+        carries.
       count: tiles of this CTA.
       locate: number of a tile -> tile.
       steps: tile -> steps along its contracted dimension.
@@ -48,6 +50,7 @@ class Work(NamedTuple):
       finish: called once after the last tile.
     """
 
+    zero: jax.Array
     count: jax.Array
     locate: Callable[..., Any]
     steps: Callable[..., Any]
@@ -110,9 +113,9 @@ def _load_all(work: Work, buffers: Buffers, stages: int) -> None:
             work.load(tile, k, buffers.lhs.at[slot], buffers.rhs.at[slot], full)
 
         lax.fori_loop(0, steps, load_step, None)
-        return first + steps
+        return first + steps + work.zero
 
-    total = lax.fori_loop(0, work.count, load_tile, jnp.int32(0))
+    total = lax.fori_loop(0, work.count, load_tile, work.zero)
 
     # Every slot holds one release that nobody took. Take it: no CTA may leave while the other of
     # its cluster can still write into it or signal it.
@@ -181,8 +184,8 @@ def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
             return acc_ref[...].astype(dtype)
 
         values = pl.run_scoped(accumulate, plgpu.ACC((CHUNK, tiling.columns), jnp.float32))
-        place = target.matrix, target.row, target.column
-        whole = (target.low <= 0) & (target.high >= CHUNK)
+        place = tuple(x + work.zero for x in (target.matrix, target.row, target.column))
+        whole = (target.low <= work.zero) & (target.high >= CHUNK)
         if not behind:
 
             @pl.when(whole)
@@ -191,9 +194,9 @@ def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
                     store(part, values, place)
 
         pl.when(jnp.logical_not(whole))(lambda: _store_rows(values, slots, work, target))
-        return first + steps, values if behind else carry[1], whole, place
+        return first + steps + work.zero, values if behind else carry[1], whole, place
 
-    zero = lax.axis_index("warpgroup") * 0
+    zero = work.zero
     values = jnp.zeros((CHUNK, tiling.columns if behind else width), dtype)
     values = plgpu.layout_cast(values, plgpu.Layout.WGMMA)
     carry = (zero, values, zero > 0, (zero, zero, zero))

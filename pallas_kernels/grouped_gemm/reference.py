@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._common import accumulation_dtype
+from pallas_kernels._common import accumulation_dtype, vary, varying_axes
 
 BLOCK_ROWS = 64
 
@@ -65,6 +65,7 @@ def _product(
 
     width = rhs_GKN.shape[2 - rhs_dim]
     out_RN = jnp.zeros((num_rows + BLOCK_ROWS, width), lhs_RK.dtype)
+    out_RN = vary(out_RN, varying_axes(lhs_RK))
     out_RN = lax.fori_loop(0, num_blocks, body, out_RN)[:num_rows]
     total = jnp.sum(group_sizes_G, dtype=jnp.int32)
     belongs_R1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None] < total
@@ -95,7 +96,8 @@ def _weight_gradient(lhs_RK: jax.Array, dout_RN: jax.Array, group_sizes_G: jax.A
         return lax.dynamic_update_index_in_dim(drhs_GKN, sum_KN, group_B[b], axis=0)
 
     shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
-    return lax.fori_loop(0, num_blocks, body, jnp.zeros(shape, dtype))
+    drhs_GKN = vary(jnp.zeros(shape, dtype), varying_axes(lhs_RK))
+    return lax.fori_loop(0, num_blocks, body, drhs_GKN)
 
 
 @jax.custom_vjp

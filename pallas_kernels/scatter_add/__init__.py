@@ -102,4 +102,5 @@ def scatter_add(
             f'{name}: implementation="mosaic" takes bfloat16, float16 or float32 and widths that '
             f"are multiples of {_MOSAIC_MULTIPLE}, got {values_RD.dtype} and {values_RD.shape[1]}",
         )
+    values_RD, ids_R = _common.vary_together(values_RD, ids_R)
     return _scatter_add(sum_by_id, values_RD, ids_R, num_rows)

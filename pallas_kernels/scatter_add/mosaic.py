@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic
+from pallas_kernels import _common, _mosaic
 
 BLOCK = 64  # rows of a block
 FAN = 32  # blocks of a block of blocks
@@ -52,6 +52,7 @@ def plan(ids_R: jax.Array, num_rows: int) -> Plan:
     # A radix sort takes its time by the bits of its keys.
     keys_R = ids_R.astype(jnp.uint16 if num_rows < 2**16 else jnp.uint32)
     position_R = jnp.arange(num_values, dtype=jnp.int32)
+    position_R = _common.vary(position_R, _common.varying_axes(ids_R))
     keys_R, row_R = lax.sort((keys_R, position_R), num_keys=1, is_stable=True)
     return Plan(row_R, keys_R.astype(jnp.int32), start_N1)
 
@@ -255,4 +256,5 @@ def sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Arra
         body = functools.partial(_fans_kernel, num_rows=num_rows)
         fans = call(body, num_values // (BLOCK * FAN), blocks, id_R)
     out = call(_destinations_kernel, num_rows, values, row_R, start_N1, blocks, fans)
+    out = _common.vary(out, _common.varying_axes(values_RD))
     return out.reshape(num_rows, width)

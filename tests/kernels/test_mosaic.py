@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import gather_rows, grouped_gemm, scatter_add
 from pallas_kernels.gather_combine import shapes as gather_shapes
@@ -152,3 +154,26 @@ def test_dispatch_never_falls_back():
     x, slots = jnp.zeros((4, 96), jnp.bfloat16), jnp.zeros((4, 2), int)
     with pytest.raises(ValueError, match="multiples of 128 up to 16384, got bfloat16 and 96"):
         gather_rows(x, jnp.zeros(8, int), slots, implementation="mosaic")
+
+
+def test_lowers_inside_shard_map():
+    """With types checked: unchecked, gradients through psum are wrong."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def gradients(rhs, lhs, sizes):
+        def loss(rhs, lhs):
+            out = grouped_gemm(lhs, rhs, sizes, implementation="mosaic")
+            ids = sizes[jnp.arange(out.shape[0]) % sizes.shape[0]]
+            return jnp.sum(scatter_add(out, ids, 5, implementation="mosaic"))
+
+        rows = gather_rows(lhs, sizes, sizes[:, None], implementation="mosaic")
+        return jax.grad(loss)(rhs, lhs), rows
+
+    split = jax.shard_map(
+        gradients, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P("data"))
+    )
+    rhs = jax.ShapeDtypeStruct((256, 128, 192 * 2), jnp.bfloat16)
+    lhs = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((512,), jnp.int32)
+    lowered = jax.jit(split).trace(rhs, lhs, sizes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 4
