@@ -29,8 +29,9 @@ def _backward(
     dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dout_BTD: jax.Array
 ) -> tuple[jax.Array, None]:
     tokens_BT, carrier = residuals
-    rows = dout_BTD.reshape(-1, dout_BTD.shape[-1]).astype(carrier.dtype)
-    return scatter_add(rows, tokens_BT.reshape(-1), carrier.shape[0]), None
+    rows = dout_BTD.reshape(-1, dout_BTD.shape[-1])  # read as they are, summed in at least float32
+    total_WD = scatter_add(rows, tokens_BT.reshape(-1), carrier.shape[0])
+    return total_WD.astype(carrier.dtype), None
 
 
 embed.defvjp(_forward, _backward)
