@@ -61,7 +61,8 @@ def _started_model(start: str, directory: Path | None) -> config_lib.ModelConfig
 def _init_from(mapping: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """The checkpoint that training starts from, whose model the file's section gives way to."""
     given = [text.partition("=")[2] for text in overrides if text.startswith("init_from=")]
-    return given[-1] if given else mapping.get("init_from") or ""
+    start = given[-1] if given else mapping.get("init_from")
+    return start if isinstance(start, str) else ""  # from_mapping refuses anything else
 
 
 def _read_text(path: Path) -> str:

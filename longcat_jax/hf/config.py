@@ -88,7 +88,7 @@ def parse(raw: Mapping[str, Any], *, dtype: str, mtp: bool) -> ModelConfig:
         raise HFError(f"{CONFIG}: {absent[0]} is missing")
     values = {name: raw[name] for name in required}
     values |= {name: raw[name] for name in OPTIONAL if raw.get(name) is not None}
-    if isinstance(values.get("eos_token_id"), list):
+    if isinstance(values.get("eos_token_id"), list) and values["eos_token_id"]:
         values["eos_token_id"] = values["eos_token_id"][0]
     try:
         return build(
@@ -139,10 +139,14 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     sections = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)]
     if not all(isinstance(section, dict) for section in sections):
         raise HFError(f"{CONFIG}: rope_parameters, rope_scaling: must be objects")
-    thetas = {s["rope_theta"] for s in (raw, *sections) if s.get("rope_theta") is not None}
+    found = [s["rope_theta"] for s in (raw, *sections) if s.get("rope_theta") is not None]
+    for theta in found:
+        if type(theta) not in (int, float):
+            raise HFError(f"{CONFIG}: rope_theta={theta!r}: must be a number")
+    thetas = set(found)
     if len(thetas) != 1:
-        found = "is missing" if not thetas else f"has two values: {sorted(thetas)}"
-        raise HFError(f"{CONFIG}: rope_theta {found}")
+        problem = "is missing" if not thetas else f"has two values: {sorted(thetas)}"
+        raise HFError(f"{CONFIG}: rope_theta {problem}")
     scalings = [scaling for scaling in map(_scaling, sections) if scaling is not None]
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise HFError(f"{CONFIG}: rope_parameters and rope_scaling contradict one another")
@@ -151,12 +155,15 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 def _scaling(section: Mapping[str, Any]) -> dict[str, Any] | None:
     values = {key: value for key, value in section.items() if value is not None}
-    kinds = {values.pop(key) for key in ("type", "rope_type") if key in values}
+    kinds = {str(values.pop(key)) for key in ("type", "rope_type") if key in values}
     values.pop("rope_theta", None)
     if kinds <= {"default"}:
+        if values:
+            key, value = next(iter(values.items()))
+            raise HFError(f"{CONFIG}: rope {key}={value!r} without a scaling type")
         return None
     if kinds != {"yarn"}:
-        name = " and ".join(map(repr, sorted(map(str, kinds - {"yarn"}))))
+        name = " and ".join(map(repr, sorted(kinds - {"yarn"})))
         raise HFError(f"{CONFIG}: rope type {name} is not implemented; only 'default' and 'yarn'")
     if values.pop("truncate", True) is not True:
         raise HFError(f"{CONFIG}: rope truncate=false is not implemented")

@@ -122,6 +122,10 @@ def _block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     quantisation = raw.get("quantization_config")
     if not quantisation:
         return None
+    if not isinstance(quantisation, dict):
+        raise HFError(
+            f"{hf_config.CONFIG}: quantization_config={quantisation!r}: must be an object"
+        )
     method, form = quantisation.get("quant_method"), quantisation.get("fmt", "e4m3")
     block = quantisation.get("weight_block_size")
     if method != "fp8" or form != "e4m3":
@@ -129,7 +133,8 @@ def _block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
             f"{hf_config.CONFIG}: quantization_config {method!r} {form!r} is not implemented; only "
             "'fp8' 'e4m3'"
         )
-    if not (isinstance(block, list) and len(block) == 2 and all(b > 0 for b in block)):
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or any(type(size) is not int or size <= 0 for size in sizes):
         raise HFError(f"{hf_config.CONFIG}: weight_block_size={block!r}: must be [rows, columns]")
     return block[0], block[1]
 

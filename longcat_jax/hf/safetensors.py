@@ -7,6 +7,7 @@ A checkpoint is one file or several, the latter usually with an index.json.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +56,7 @@ class Entry:
     @property
     def row_bytes(self) -> int:
         """Bytes of one step along the first dim."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +101,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of a file.
 
     Raises:
-      HFError: not a safetensors file, truncated, or a dtype that no LongCat checkpoint has.
+      HFError: not a safetensors file, truncated, tensors that overlap or leave holes, or a dtype
+        that no LongCat checkpoint has.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -116,20 +118,29 @@ def read_header(file: Path) -> dict[str, Entry]:
             entries = {n: _entry(file, n, v, 8 + length) for n, v in header.items()}
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
             raise HFError(f"{file}: not a safetensors file (unreadable header)") from None
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=size)
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            raise HFError(f"{file}: {name}: its bytes do not follow those of the tensor before it")
+        end += entry.nbytes
     if end > size:
         raise HFError(f"{file}: truncated: {size} bytes, its header speaks of {end}")
     return entries
 
 
 def _entry(file: Path, name: str, value: Mapping, base: int) -> Entry:
-    dtype, shape = value["dtype"], tuple(value["shape"])
-    begin, end = value["data_offsets"]
+    dtype, shape, offsets = value["dtype"], tuple(value["shape"]), tuple(value["data_offsets"])
     if dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise HFError(f"{file}: {name}: dtype {dtype} is not supported; known: {known}")
     if not shape:
         raise HFError(f"{file}: {name}: has no dims")
+    if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in (*shape, *offsets)):
+        raise HFError(
+            f"{file}: {name}: shape {list(shape)}, data_offsets {list(offsets)}: must be sizes and "
+            "[begin, end]"
+        )
+    begin, end = offsets
     entry = Entry(file, DTYPES[dtype], shape, base + begin)
     if entry.nbytes != end - begin:
         raise HFError(f"{file}: {name}: {end - begin} bytes for a {dtype} of shape {list(shape)}")
@@ -147,8 +158,7 @@ def open_checkpoint(directory: Path) -> dict[str, Entry]:
     index = directory / INDEX
     if index.is_file():
         return _indexed(directory, index)
-    single = directory / SINGLE
-    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise HFError(f"{directory}: holds no safetensors file")
     return _merged(files)
@@ -159,6 +169,9 @@ def _indexed(directory: Path, index: Path) -> dict[str, Entry]:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (KeyError, TypeError, ValueError):
         raise HFError(f"{index}: not an index (no weight_map)") from None
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise HFError(f"{index}: {name}: {file!r} is not the name of a file")
     files = sorted({directory / file for file in weight_map.values()})
     absent = [file.name for file in files if not file.is_file()]
     if absent:

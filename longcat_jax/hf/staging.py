@@ -1,8 +1,11 @@
 """A conversion's work in progress: `OUTPUT.partial`, which becomes `OUTPUT` by one rename.
 
-  plan.json   which conversion this is: another one is refused, not mixed in
-  journal-I   a line per finished tensor, by process I; a killed run goes on after it
-  result/     what will be renamed
+  plan.json      which conversion this is: another one is refused, not mixed in
+  plan.json.new  the same while result/ is being made
+  journal-I      a line per finished tensor, by process I; a killed run goes on after it
+  result/        what will be renamed
+
+Only a plan proves that a folder of this name is ours; any other is somebody's, and left alone.
 
 Processes of one conversion share the folder: each adds to its own journal, and whichever finds that
 the journals together cover the plan does the rename.
@@ -20,28 +23,39 @@ from typing import Any
 
 from longcat_jax.hf.safetensors import HFError
 
-PLAN, LOCK, RESULT, JOURNAL = "plan.json", "lock", "result", "journal-"
+PLAN, NEW, LOCK, RESULT, JOURNAL = "plan.json", "plan.json.new", "lock", "result", "journal-"
+
+
+def _plan(path: Path) -> dict[str, Any] | None:
+    """The plan in a file; None: no such file, or not one of ours."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and "direction" in plan else None
 
 
 class Staging:
     """The folder beside the output."""
 
     def __init__(self, output: Path, plan: Mapping[str, Any], *, process: int = 0) -> None:
-        """`plan` is compared with what an earlier, interrupted run left.
+        """`plan`, with a key `direction`, is compared with what an interrupted run left.
 
         Raises:
           HFError: the output exists.
         """
-        self.output, self.plan = output.absolute(), dict(plan)
+        # A link's target is what gets renamed to: the link itself cannot be.
+        self.output, self.plan = Path(os.path.realpath(output)), dict(plan)
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.result = self.folder / RESULT
         self._journal = self.folder / f"{JOURNAL}{process}"
         self._mutex = threading.Lock()
-        taken = self.output.exists() and not (
-            self.output.is_dir() and not any(self.output.iterdir())
-        )
-        if taken:
-            raise HFError(f"{output}: exists already; name another --output, or remove it")
+        self._require_free()
+
+    def _require_free(self) -> None:
+        empty = self.output.is_dir() and not any(self.output.iterdir())
+        if self.output.exists() and not empty:
+            raise HFError(f"{self.output}: exists already; name another --output, or remove it")
 
     def prepare(self, make: Callable[[Path], None], *, nbytes: int) -> None:
         """Calls `make(result)` unless an earlier run, or another process, has.
@@ -51,33 +65,55 @@ class Staging:
           nbytes: how much the conversion will write.
 
         Raises:
-          HFError: the folder holds another conversion, or the disk is too small.
+          HFError: the folder holds another conversion or is somebody's, or the disk is too small.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            path = self.folder / PLAN
-            if path.is_file():
-                if json.loads(path.read_text(encoding="utf-8")) != self.plan:
-                    raise HFError(
-                        f"{self.folder}: holds another conversion, not finished; remove it, or "
-                        "name another --output"
-                    )
+            self._require_free()  # another process may have finished meanwhile
+            if self._goes_on():
                 return
-            known = {LOCK, RESULT, PLAN + ".new"}
-            if any(entry.name not in known for entry in self.folder.iterdir()):
-                raise HFError(f"{self.folder}: in the way, and not a conversion; remove it")
             free = shutil.disk_usage(self.folder).free
             if nbytes > free:
                 shutil.rmtree(self.folder)
                 raise HFError(
                     f"{self.output}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
                 )
+            self._forget()
             shutil.rmtree(self.result, ignore_errors=True)
+            new = self.folder / NEW
+            new.write_text(json.dumps(self.plan), encoding="utf-8")
             self.result.mkdir()
             make(self.result)
-            new = self.folder / (PLAN + ".new")
-            new.write_text(json.dumps(self.plan), encoding="utf-8")
-            new.replace(path)
+            new.replace(self.folder / PLAN)
+
+    def _goes_on(self) -> bool:
+        """Whether the result is there to be filled; if not, all that the folder holds is ours.
+
+        Raises:
+          HFError: the folder holds another conversion, or what no plan proves ours.
+        """
+        entries = {entry.name: entry for entry in self.folder.iterdir()}
+        plan = _plan(self.folder / PLAN)
+        if plan is not None and RESULT in entries:
+            if plan == self.plan:
+                return True
+            raise HFError(
+                f"{self.folder}: holds another conversion, not finished; remove it, or name "
+                "another --output"
+            )
+        # Killed before the plan was in place, or after the result had been renamed.
+        proven = plan is not None or _plan(self.folder / NEW) is not None
+        for name, entry in entries.items():
+            empty = name in (LOCK, NEW) and entry.stat().st_size == 0
+            ours = name in (PLAN, NEW, RESULT) or name.startswith(JOURNAL)
+            if not (empty or (proven and ours)):
+                raise HFError(f"{self.folder}: in the way, and not a conversion; remove it")
+        return False
+
+    def _forget(self) -> None:
+        """Removes the journals, then the plan that proves them ours."""
+        for path in (*self.folder.glob(f"{JOURNAL}*"), self.folder / PLAN):
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def journal(self) -> Iterator[Callable[[str, str], None]]:
@@ -115,16 +151,19 @@ class Staging:
         """Renames the result if every tensor of the plan is stored; whether the output is there."""
         try:
             with self._locked():
+                if not self.result.exists():
+                    return self.output.is_dir()  # another process was quicker
                 if not self.finished().keys() >= set(names):
                     return False
                 self.result.rename(self.output)
+                self._forget()  # a kill from here on leaves nothing in a later run's way
         except FileNotFoundError:
-            return self.output.is_dir()  # another process was quicker
+            return self.output.is_dir()  # another was quicker, and has removed the folder
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / LOCK).open("w") as file:
+        with (self.folder / LOCK).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

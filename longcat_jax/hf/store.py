@@ -130,7 +130,9 @@ def open_arrays(item: Path, config: ModelConfig) -> dict[str, ts.TensorStore]:
     try:
         metadata = json.loads((item / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise HFError(f"{item}: not an Orbax item (no readable {METADATA})") from None
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise HFError(f"{item}: not an Orbax item (no readable {METADATA})")
     arrays = _open_all(item, config, metadata, cache_bytes=0)
     largest = max(
         math.prod(a.chunk_layout.read_chunk.shape) * a.dtype.numpy_dtype.itemsize
@@ -159,7 +161,12 @@ def _open(item: Path, path: str, metadata: Mapping, *, context: ts.Context) -> t
     else:
         kvstore = {"driver": "file", "path": f"{item / array_name(path)}/"}
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    spec = {"driver": driver, "kvstore": kvstore, "store_data_equal_to_fill_value": True}
+    spec = {
+        "driver": driver,
+        "kvstore": kvstore,
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,  # a chunk that is gone is an error, not zeros
+    }
     try:
         return ts.open(spec, open=True, context=context).result()
     except ValueError as error:
@@ -176,8 +183,16 @@ def _place(array: ts.TensorStore, tensor: Tensor, start: int, stop: int) -> ts.T
 
 
 def read(array: ts.TensorStore, tensor: Tensor, start: int, stop: int) -> np.ndarray:
-    """Rows start..stop of HuggingFace's tensor."""
-    return np.ascontiguousarray(_place(array, tensor, start, stop).read().result())
+    """Rows start..stop of HuggingFace's tensor.
+
+    Raises:
+      HFError: a chunk is missing or damaged.
+    """
+    try:
+        return np.ascontiguousarray(_place(array, tensor, start, stop).read().result())
+    except ValueError as error:
+        reason = str(error).splitlines()[0][:150]
+        raise HFError(f"{array.kvstore.path}: {tensor.name} cannot be read ({reason})") from error
 
 
 def write(array: ts.TensorStore, tensor: Tensor, start: int, rows: np.ndarray) -> None:

@@ -1,6 +1,8 @@
 """Fine-tuning: training starts from converted weights."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax
@@ -12,7 +14,14 @@ import longcat_jax as lc
 from longcat_jax.checkpoint import Checkpoints
 from longcat_jax.cli import main as cli_main
 from longcat_jax.cli.config_file import load_config
-from longcat_jax.config import Config, ConfigError, MeshConfig, OptimConfig, TrainConfig
+from longcat_jax.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+    to_mapping,
+)
 from longcat_jax.hf.from_hf import from_hf
 from longcat_jax.losses import Batch
 from longcat_jax.model.longcat import Model
@@ -24,6 +33,7 @@ from longcat_jax.train_step import (
     compile_train_step,
     state_from_params,
 )
+from tests.helpers import tiny_config
 from tests.hf.variants import GOLDEN
 
 JOB = """
@@ -174,6 +184,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [3, [1]])
+def test_init_from_that_is_no_path_is_refused(value: object, tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(to_mapping(tiny_config()) | {"init_from": value}))
+    with pytest.raises(ConfigError, match=re.escape(f"init_from={value}: must be of type str")):
+        load_config(path)
 
 
 def test_init_from_nothing_is_refused(tmp_path: Path) -> None:

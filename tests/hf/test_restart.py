@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import longcat_jax.hf
 from longcat_jax.hf import layout, store
 from longcat_jax.hf.config import to_raw
 from longcat_jax.hf.from_hf import from_hf
@@ -115,6 +117,33 @@ def test_an_error_in_the_middle_leaves_nothing_under_the_name_and_is_made_good(
     from_hf(GOLDEN / "tiny", tmp_path / "out")
     from_hf(GOLDEN / "tiny", tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "call", ["store.write_step", "staging.Staging._forget", "staging.shutil.rmtree"]
+)
+def test_a_kill_before_or_after_the_transfer_blocks_nothing(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the result is being made; right after its rename; while the folder is removed."""
+    output, early = tmp_path / "out", call == "store.write_step"
+    real = operator.attrgetter(call)(longcat_jax.hf)
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        if early or output.exists():
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"longcat_jax.hf.{call}", interrupted)
+        from_hf(GOLDEN / "tiny", output)
+    assert output.exists() != early and (tmp_path / "out.partial").is_dir()
+    if not early:
+        output.rename(tmp_path / "first")
+    from_hf(GOLDEN / "tiny", output)
+    assert not (tmp_path / "out.partial").exists()
+    from_hf(GOLDEN / "tiny", tmp_path / "whole")
+    assert contents(output) == contents(tmp_path / "whole")
 
 
 def test_another_conversion_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
