@@ -79,6 +79,8 @@ def _from_hf(args: argparse.Namespace) -> None:
     from longcat_jax.hf import from_hf
 
     common = _common(args)
+    if args.check and args.dtype:
+        raise ValueError("--dtype: --check compares the files as they are; leave it out")
     if args.check:
         print(from_hf.check(args.hf_dir, selection=common["selection"]))
         return

@@ -56,6 +56,7 @@ def test_shares_of_several_processes(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["convert", "from_pt", "--hf_dir=x"], 2, "from_pt"),
         (["convert", "from_hf", "--hf_dir=x"], 1, "--output is missing"),
         (["convert", "from_hf", "--hf_dir=nowhere", "--output=o"], 1, "nowhere: no such directory"),
+        (["convert", "from_hf", "--hf_dir=x", "--check", "--dtype=float16"], 1, "--dtype: --check"),
         (["convert", "from_hf", "--hf_dir=x", "--output=o", "--process=2/2"], 1, "write I/N"),
         (["convert", "from_hf", "--hf_dir=x", "--output=o", "--threads=0"], 1, "must be >= 1"),
         (["convert", "from_hf", "--hf_dir=x", "--output=o", "--slice=all"], 1, "write layers=0:2"),
