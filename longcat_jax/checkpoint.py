@@ -17,7 +17,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from longcat_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, from_mapping
 from longcat_jax.dataclass_mapping import build
-from longcat_jax.model.longcat import Model, init
+from longcat_jax.model.longcat import Model
+from longcat_jax.model.longcat import abstract as abstract_model
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import Mesh, make_mesh, parameter_shardings
 
@@ -223,7 +224,7 @@ def load(path: str | Path, *, mesh: Mesh | None = None) -> Model:
     workdir, step = locate(path)
     checkpoints = Checkpoints(workdir)
     config = build(ModelConfig, _saved(checkpoints, step).get("model"), "model")
-    boxed = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    boxed = abstract_model(config)
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = jax.tree.map(
         lambda a, dtype, sharding: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding),

@@ -25,7 +25,7 @@ def _by_path(tree):
 @pytest.mark.parametrize(
     "mesh",
     [
-        pytest.param(ALL, id="data x fsdp x expert"),
+        pytest.param(ALL, id="data x fsdp x expert", marks=pytest.mark.slow),
         pytest.param(ALL[:2], id="data x fsdp"),
         pytest.param(ALL[1:], id="fsdp x expert", marks=pytest.mark.slow),
     ],

@@ -274,6 +274,7 @@ def test_fine_tuning_starts_from_a_checkpoint_and_refuses_another_shape(
 ) -> None:
     tuned = dataclasses.replace(job(corpus), init_from=str(trained))
     train(tuned, tmp_path / "tuned")
+    assert read_config(tmp_path / "tuned").init_from == str(trained / "checkpoints" / "60")
     first, before, last = (
         read_metrics(tmp_path / "tuned")[0]["loss"],
         read_metrics(trained)[0]["loss"],
@@ -296,16 +297,13 @@ def test_resumes_on_a_mesh_of_four_devices(corpus: Path, trained: Path, copied: 
 
 
 def test_a_tuned_run_goes_on_when_its_base_has_gone(
-    corpus: Path, trained: Path, tmp_path: Path
+    corpus: Path, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    base, tuned = tmp_path / "base", tmp_path / "tuned"
-    shutil.copytree(trained, base)
-    config = dataclasses.replace(job(corpus), init_from=str(base))
-    train(config, tuned)
-    assert read_config(tuned).init_from == str(base / "checkpoints" / "60")
-    shutil.rmtree(base)
-    back_to(tuned, 50)
-    train(config, tuned)
+    config = dataclasses.replace(job(corpus), init_from=str(tmp_path / "gone"))
+    stored = to_mapping(config) | {"init_from": str(tmp_path / "gone" / "checkpoints" / "60")}
+    (copied / "config.json").write_text(json.dumps(stored))
+    train(config, copied)
+    assert "already trained" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="no checkpoints here"):
         train(config, tmp_path / "another")
 

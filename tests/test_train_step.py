@@ -52,7 +52,9 @@ def test_golden_losses_of_the_first_steps():
     np.testing.assert_allclose([m["loss_total"] for m in metrics], GOLDEN_TOTALS, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("accumulate", "remat"), [(2, "dots"), (4, "full")])
+@pytest.mark.parametrize(
+    ("accumulate", "remat"), [pytest.param(2, "dots", marks=pytest.mark.slow), (4, "full")]
+)
 def test_accumulation_and_remat_change_no_loss_gradient_or_bias(accumulate, remat):
     config = tiny_config(train={"accumulate": accumulate})
     targets = target_masks(random_batch(config))[0].sum(-1).reshape(-1, accumulate).sum(0)

@@ -9,13 +9,13 @@ import math
 import jax
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.longcat import init
+from longcat_jax.model.longcat import abstract
 from longcat_jax.parameters import unbox
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
     """Parameters by top-level name, experts apart."""
-    shapes = unbox(jax.eval_shape(lambda key: init(config, key), jax.random.key(0)))
+    shapes = unbox(abstract(config))
     size = {
         name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
         for name, tree in shapes.items()

@@ -8,6 +8,7 @@ B batch, T tokens, D model, W vocabulary, L layers, K selections, U latent width
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Output:
 
 
 def init(config: ModelConfig, key: jax.Array, proxy: ProxyConfig | None = None) -> Params:
-    """Boxed parameters (parameters.py); call it under `jax.eval_shape` for shapes, axes and
+    """Boxed parameters (parameters.py); `abstract` gives their shapes, axes and
     roles.
     """
     c, D = config, config.hidden_size
@@ -95,6 +96,18 @@ def init(config: ModelConfig, key: jax.Array, proxy: ProxyConfig | None = None) 
     if c.num_nextn_predict_layers:
         boxed["mtp"] = MTPHead(c).init(key_mtp, x_BTD, whole.tokens_BT, tokens)["params"]
     return scale_variance(boxed, c, proxy or ProxyConfig())
+
+
+def abstract(config: ModelConfig, proxy: ProxyConfig | None = None) -> Params:
+    """`init` as boxed shapes: nothing is allocated, and a model is traced once a process."""
+    # With float64 switched off a float64 model's shapes would be others.
+    return _abstract(config, proxy, bool(jax.config.jax_enable_x64))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: ModelConfig, proxy: ProxyConfig | None, wide: bool) -> Params:
+    del wide
+    return jax.eval_shape(lambda key: init(config, key, proxy), jax.random.key(0))
 
 
 def rematerialised(function: Callable, policy: str) -> Callable:
