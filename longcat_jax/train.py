@@ -19,17 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from longcat_jax import data, workdir
-from longcat_jax.checkpoint import (
-    FOLDER,
-    TOKENIZER,
-    Checkpoints,
-    finished_steps,
-    load,
-    locate,
-    saved_model_config,
-)
-from longcat_jax.config import SHAPE_FIELDS, Config, ConfigError, differences, to_mapping
+from longcat_jax import data, start, workdir
+from longcat_jax.checkpoint import Checkpoints
+from longcat_jax.config import Config, ConfigError, to_mapping
 from longcat_jax.evaluate import METRIC, compile_evaluation, evaluate, token_sizes
 from longcat_jax.metrics import (
     METRICS_FILE,
@@ -47,9 +39,7 @@ from longcat_jax.train_step import (
     abstract_boxes,
     abstract_state,
     compile_train_step,
-    init_state,
     router_watch,
-    state_from_params,
 )
 
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
@@ -76,7 +66,7 @@ class Trainer:
 
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
         self.config, self.directory, self.mesh = config, directory, mesh
-        self.reading = _reading(config, directory)
+        self.reading = start.reading(config, directory)
         self.iterator = data.open_train(self.reading, directory / workdir.DATA)
         workdir.keep_tokenizer(directory)
         self.token_bytes = token_sizes(config, directory / workdir.DATA)
@@ -99,7 +89,7 @@ class Trainer:
         steps = self.checkpoints.steps()
         if not steps:
             self.writer.truncate_after(0)
-            return _new_state(self.config, self.mesh), 0
+            return start.new_state(self.config, self.mesh), 0
         step, wanted = steps[-1], abstract_state(self.config, self.mesh)
         found = self.checkpoints.restore(
             step,
@@ -257,62 +247,6 @@ class Trainer:
         self.checkpoints.close()
 
 
-def _new_state(config: Config, mesh: Mesh) -> TrainState:
-    if not config.init_from:
-        return init_state(config, mesh)
-    return state_from_params(config, mesh, load(config.init_from, mesh=mesh).params)
-
-
-def _resolved(config: Config, directory: Path) -> Config:
-    """The job with `init_from` naming the one checkpoint that it means.
-
-    A run that has saved needs that checkpoint no more; it may have moved on or gone.
-
-    Raises:
-      ConfigError: a checkpoint of a model of other shapes.
-    """
-    if not config.init_from:
-        return config
-    start = workdir.started_from(directory, config.init_from)
-    if start is None:
-        _check_shapes(config)
-        base, step = locate(config.init_from)
-        start = base / FOLDER / str(step)
-    return dataclasses.replace(config, init_from=str(start))
-
-
-def _check_shapes(config: Config) -> None:
-    model = to_mapping(saved_model_config(config.init_from))
-    shapes = tuple(f"model.{name}: " for name in SHAPE_FIELDS)
-    lines = differences(model, to_mapping(config.model), "model")
-    changed = [line for line in lines if line.startswith(shapes)]
-    if changed:
-        raise ConfigError(f"init_from={config.init_from!r}: another model ({'; '.join(changed)})")
-
-
-def _reading(config: Config, directory: Path) -> Config:
-    """The job as the data see it: one that starts from a checkpoint has its tokenizer."""
-    if not config.init_from or config.data.tokenizer:
-        return config
-    folder = directory if finished_steps(directory) else locate(config.init_from)[0]
-    if not (folder / TOKENIZER).is_file():
-        return config
-    settings = dataclasses.replace(config.data, tokenizer=str(folder / TOKENIZER))
-    return dataclasses.replace(config, data=settings)
-
-
-def _check_dtype(config: Config) -> None:
-    """Refuses what would train in another precision than it says, or lose small gradients."""
-    dtype = config.model.dtype
-    if dtype == "float16":
-        raise ConfigError(
-            "model.dtype='float16': must be bfloat16, float32 or float64 for training; gradients "
-            "of a large batch vanish in float16"
-        )
-    if dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ConfigError("model.dtype='float64': needs JAX_ENABLE_X64=1 in the environment")
-
-
 def _losses_so_far(directory: Path, step: int) -> list[float]:
     """Losses before a resumed step, so that a spike is judged as if uninterrupted."""
     if step == 0 or not (directory / METRICS_FILE).exists():
@@ -382,8 +316,8 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
       CheckpointError: a checkpoint that cannot be read or written.
       TrainingStopped: a loss that is not finite, or a spike.
     """
-    _check_dtype(config)
-    config = _resolved(config, directory)
+    start.check_dtype(config)
+    config = start.resolved(config, directory)
     frozen_mask(abstract_boxes(config), config.optim.freeze)  # refuses before anything is written
     mesh = make_mesh(config.mesh)
     with workdir.locked(directory), jax.set_mesh(mesh), _signals() as stop_asked:

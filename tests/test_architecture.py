@@ -63,6 +63,7 @@ FLOORS: dict[str, float] = {
     "longcat_jax.inference.": 4,
     "longcat_jax.train_step": 4.1,
     "longcat_jax.evaluate": 4.2,
+    "longcat_jax.start": 4.5,
     "longcat_jax.train": 5,
     "longcat_jax": 5.1,
     "longcat_jax.cli.": 6,
