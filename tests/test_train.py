@@ -178,6 +178,23 @@ def test_log_has_what_it_promises(trained: Path) -> None:
     assert any((trained / "tensorboard").iterdir())
 
 
+def test_without_the_controller_budget_and_balance_are_missed(
+    corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    config = job(corpus, eval_every=1000, checkpoint_every=1000)
+    pid = dataclasses.replace(config.optim.pid, mu=0.0, mu_final=0.0)
+    train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, pid=pid)), tmp_path)
+
+    def last(workdir: Path, name: str) -> float:
+        lines = [line[name] for line in read_metrics(workdir) if name in line]
+        return float(np.mean(lines[-20:]))
+
+    target = SIZES["moe_topk_real"]
+    steered, left_alone = (abs(last(w, "experts_per_token") - target) for w in (trained, tmp_path))
+    assert steered < 0.5 * left_alone
+    assert last(trained, "max_load_mean") < 0.8 * last(tmp_path, "max_load_mean")
+
+
 def test_keeps_the_last_and_the_best(corpus: Path, copied: Path) -> None:
     back_to(copied, 50)
     train(job(corpus, keep_last=1, keep_best=1), copied)
