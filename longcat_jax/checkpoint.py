@@ -198,10 +198,14 @@ def _saved(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
     return checkpoints.restore(step, config=None)["config"]
 
 
+def _saved_model(checkpoints: Checkpoints, step: int) -> ModelConfig:
+    return build(ModelConfig, _saved(checkpoints, step).get("model"), "model")
+
+
 def saved_model_config(path: str | Path) -> ModelConfig:
     """The model of a checkpoint."""
     workdir, step = locate(path)
-    return build(ModelConfig, _saved(Checkpoints(workdir), step).get("model"), "model")
+    return _saved_model(Checkpoints(workdir), step)
 
 
 def saved_config(path: str | Path) -> Config | None:
@@ -223,7 +227,7 @@ def load(path: str | Path, *, mesh: Mesh | None = None) -> Model:
     """
     workdir, step = locate(path)
     checkpoints = Checkpoints(workdir)
-    config = build(ModelConfig, _saved(checkpoints, step).get("model"), "model")
+    config = _saved_model(checkpoints, step)
     boxed = abstract_model(config)
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = jax.tree.map(

@@ -197,20 +197,21 @@ class Trainer:
 
     def _check(self, step: int, loss: float, grad_norm: float) -> None:
         """Raises TrainingStopped on a loss or gradient that is not finite, or a loss spike."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise self._stopped(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite")
+        if len(self.recent) == LOSS_WINDOW:
+            usual, rise = statistics.median(self.recent), self.config.train.max_loss_rise
+            if loss > usual + rise:
+                raise self._stopped(
+                    f"step {step}: loss {loss:.3f} is more than train.max_loss_rise={rise} above "
+                    f"the last {LOSS_WINDOW} steps' median {usual:.3f}"
+                )
+        self.recent.append(loss)
+
+    def _stopped(self, reason: str) -> TrainingStopped:
         saved = self.checkpoints.steps()
         kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingStopped(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; {kept}"
-            )
-        rise = self.config.train.max_loss_rise
-        if len(self.recent) == LOSS_WINDOW and loss > statistics.median(self.recent) + rise:
-            usual = statistics.median(self.recent)
-            raise TrainingStopped(
-                f"step {step}: loss {loss:.3f} is more than train.max_loss_rise={rise} above the "
-                f"last {LOSS_WINDOW} steps' median {usual:.3f}; {kept}"
-            )
-        self.recent.append(loss)
+        return TrainingStopped(f"{reason}; {kept}")
 
     def _evaluate(self) -> dict[str, float]:
         results, load, histogram = evaluate(
