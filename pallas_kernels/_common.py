@@ -1,11 +1,15 @@
 """What the operators share: checks, the accumulation dtype, the choice of implementation."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+HOPPER = (9, 0)  # compute capabilities
+AMPERE = (8, 0)
 
 
 def accumulation_dtype(dtype: Any) -> jnp.dtype:
@@ -73,40 +77,84 @@ def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(vary(array, axes) for array in arrays)
 
 
-def on_hopper() -> bool:
-    """Whether the default backend is a GPU with Hopper's instructions (compute capability 9.0)."""
-    if jax.default_backend() != "gpu":
-        return False
-    return getattr(jax.local_devices()[0], "compute_capability", "") == "9.0"
+class Implementation(NamedTuple):
+    """One way to compute an operator.
 
-
-def require_hopper(operator: str) -> None:
-    """Raises ValueError if programs run on a GPU that Mosaic's kernels can't run on.
-
-    Without any GPU it passes: kernels are lowered for other machines and interpreted there.
+    Attributes:
+      run: the function.
+      misfit: says of the operands what the function takes and what it got instead, in words that
+        follow "implementation=... "; "" if they fit.
     """
-    require(
-        jax.default_backend() != "gpu" or on_hopper(),
-        f'{operator}: implementation="mosaic" needs a GPU of compute capability 9.0 (Hopper), this '
-        "is another one; choose None or 'reference'",
-    )
+
+    run: Callable[..., Any]
+    misfit: Callable[..., str] = lambda *operands: ""
 
 
-def select(
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of the GPU that programs run on by default, None without a GPU.
+
+    (0, 0) for a GPU that is not NVIDIA's.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    numbers = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")
+    if len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        return 0, 0
+    return int(numbers[0]), int(numbers[1])
+
+
+def _missing(name: str) -> str:
+    """What the machine lacks to run an implementation of this name, "" if nothing."""
+    capability = compute_capability()
+    found = "none" if capability is None else ".".join(map(str, capability))
+    # Without any GPU Mosaic's kernels are lowered for other machines and interpreted.
+    if name == "mosaic" and capability not in (None, HOPPER):
+        return f"needs a GPU of compute capability 9.0 (Hopper), found {found}"
+    if name == "triton" and (capability is None or capability < AMPERE):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or higher, found {found}"
+    if name == "triton" and importlib.util.find_spec("jax_triton") is None:
+        return "needs the package jax_triton: pip install 'longcat_jax[triton]'"
+    return ""
+
+
+def _preferred() -> str:
+    """The kind of kernel that is made for the machine."""
+    capability = compute_capability()
+    if capability == HOPPER:
+        return "mosaic"
+    return "triton" if capability is not None and AMPERE <= capability < HOPPER else "reference"
+
+
+def choose(
     operator: str,
     implementation: str | None,
-    available: Mapping[str, Callable[..., Any]],
-    *,
-    best: str = "reference",
+    available: Mapping[str, Implementation],
+    *operands: Any,
 ) -> Callable[..., Any]:
-    """The implementation called `implementation`, or the one called `best` for None.
+    """The implementation called `implementation`, or for None the best one for the machine.
 
-    Raises ValueError for a name that is not in `available`.
+    That is "mosaic" on Hopper, "triton" on Ampere and Ada, if the operator has it and it takes the
+    operands; else "reference". What was named, and what is made for the machine, is used or
+    refused, never replaced.
+
+    Raises:
+      ValueError: the name is not in `available`, its function does not take the operands, or the
+        machine lacks what it needs, be it a GPU or a package.
     """
-    name = best if implementation is None else implementation
+    name = implementation
+    if name is None:
+        name = _preferred()
+        if name not in available or available[name].misfit(*operands):
+            name = "reference"
     require(
         name in available,
         f"{operator}: implementation={name!r} is not available, choose None or one of "
         f"{', '.join(map(repr, available))}",
     )
-    return available[name]
+    for problem in (_missing(name), available[name].misfit(*operands)):
+        alternative = "'reference'" if implementation is None else "None or 'reference'"
+        require(
+            not problem,
+            f'{operator}: implementation="{name}" {problem}; choose {alternative}',
+        )
+    return available[name].run

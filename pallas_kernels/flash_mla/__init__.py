@@ -10,7 +10,7 @@ import jax
 from pallas_kernels import _common
 from pallas_kernels.flash_mla import reference
 
-_IMPLEMENTATIONS = {"reference": reference.flash_mla}
+_IMPLEMENTATIONS = {"reference": _common.Implementation(reference.flash_mla)}
 
 
 def flash_mla(
@@ -69,5 +69,5 @@ def flash_mla(
             segment_ids.shape == q_BTHQ.shape[:2],
             f"{name}: segment_ids is {segment_ids.shape}, expected {q_BTHQ.shape[:2]}",
         )
-    run = _common.select(name, implementation, _IMPLEMENTATIONS)
+    run = _common.choose(name, implementation, _IMPLEMENTATIONS)
     return run(q_BTHQ, k_BSHQ, v_BSHV, scale=scale, segment_ids=segment_ids, k_rope=k_rope)

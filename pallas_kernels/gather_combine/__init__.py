@@ -16,28 +16,29 @@ _MOSAIC_MULTIPLE = 128  # of the width
 _MOSAIC_WIDEST = 16384  # the rows in flight must fit into shared memory
 
 
-def _mosaic_fits(x_TD: jax.Array) -> bool:
-    width = x_TD.shape[1]
-    fits = width % _MOSAIC_MULTIPLE == 0 and 0 < width <= _MOSAIC_WIDEST
-    return fits and x_TD.dtype in _MOSAIC_DTYPES
-
-
 def _mosaic_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
     from pallas_kernels.gather_combine import mosaic  # Pallas is only imported where it is used
 
-    name = "gather_rows"
-    _common.require_hopper(name)
-    _common.require(
-        _mosaic_fits(x_TD),
-        f'{name}: implementation="mosaic" takes bfloat16 or float16 and widths that are multiples '
-        f"of {_MOSAIC_MULTIPLE} up to {_MOSAIC_WIDEST}, got {x_TD.dtype} and {x_TD.shape[1]}",
-    )
     return mosaic.gather_rows(x_TD, token_of_row_R, slots_TK)
 
 
+def _mosaic_misfit(x_TD: jax.Array) -> str:
+    width = x_TD.shape[1]
+    fits = width % _MOSAIC_MULTIPLE == 0 and 0 < width <= _MOSAIC_WIDEST
+    if fits and x_TD.dtype in _MOSAIC_DTYPES:
+        return ""
+    return (
+        f"takes bfloat16 or float16 and widths that are multiples of {_MOSAIC_MULTIPLE} up to "
+        f"{_MOSAIC_WIDEST}, got {x_TD.dtype} and {width}"
+    )
+
+
 # On an H100 XLA runs combine and its gradient at the speed of a copy: no kernel beats that.
-_COMBINE = {"reference": reference.gather_combine}
-_ROWS = {"reference": reference.gather_rows, "mosaic": _mosaic_rows}
+_COMBINE = {"reference": _common.Implementation(reference.gather_combine)}
+_ROWS = {
+    "reference": _common.Implementation(reference.gather_rows),
+    "mosaic": _common.Implementation(_mosaic_rows, _mosaic_misfit),
+}
 
 
 def gather_combine(
@@ -71,7 +72,7 @@ def gather_combine(
         slots_TK.shape == weights_TK.shape,
         f"{name}: slots_TK is {slots_TK.shape}, weights_TK {weights_TK.shape}",
     )
-    run = _common.select(name, implementation, _COMBINE)
+    run = _common.choose(name, implementation, _COMBINE)
     return run(*_common.vary_together(values_RD, slots_TK, weights_TK))
 
 
@@ -109,6 +110,5 @@ def gather_rows(
         slots_TK.shape[0] == x_TD.shape[0],
         f"{name}: slots_TK has {slots_TK.shape[0]} tokens, x_TD {x_TD.shape[0]}",
     )
-    best = "mosaic" if _common.on_hopper() and _mosaic_fits(x_TD) else "reference"
-    run = _common.select(name, implementation, _ROWS, best=best)
+    run = _common.choose(name, implementation, _ROWS, x_TD)
     return run(*_common.vary_together(x_TD, token_of_row_R, slots_TK))

@@ -16,22 +16,23 @@ _MOSAIC_MULTIPLE = 64  # of the widths: a swizzled row of shared memory
 def _mosaic(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     from pallas_kernels.grouped_gemm import mosaic  # Pallas is only imported where it is used
 
-    name = "grouped_gemm"
-    _common.require_hopper(name)
-    _common.require(
-        _mosaic_fits(lhs_RK, rhs_GKN),
-        f'{name}: implementation="mosaic" takes bfloat16 or float16 and widths that are multiples '
-        f"of {_MOSAIC_MULTIPLE}, got {lhs_RK.dtype}, {rhs_GKN.shape[1]} and {rhs_GKN.shape[2]}",
-    )
     return mosaic.grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G)
 
 
-def _mosaic_fits(lhs_RK: jax.Array, rhs_GKN: jax.Array) -> bool:
+def _mosaic_misfit(lhs_RK: jax.Array, rhs_GKN: jax.Array) -> str:
     widths = rhs_GKN.shape[1:]
-    return lhs_RK.dtype in _MOSAIC_DTYPES and all(w % _MOSAIC_MULTIPLE == 0 for w in widths)
+    if lhs_RK.dtype in _MOSAIC_DTYPES and all(w % _MOSAIC_MULTIPLE == 0 for w in widths):
+        return ""
+    return (
+        f"takes bfloat16 or float16 and widths that are multiples of {_MOSAIC_MULTIPLE}, got "
+        f"{lhs_RK.dtype}, {widths[0]} and {widths[1]}"
+    )
 
 
-_IMPLEMENTATIONS = {"reference": reference.grouped_gemm, "mosaic": _mosaic}
+_IMPLEMENTATIONS = {
+    "reference": _common.Implementation(reference.grouped_gemm),
+    "mosaic": _common.Implementation(_mosaic, _mosaic_misfit),
+}
 
 
 def grouped_gemm(
@@ -77,6 +78,5 @@ def grouped_gemm(
         f"{name}: rhs_GKN has {rhs_GKN.shape[0]} groups, group_sizes_G {group_sizes_G.shape[0]}; "
         "both must be the same, at least 1",
     )
-    best = "mosaic" if _common.on_hopper() and _mosaic_fits(lhs_RK, rhs_GKN) else "reference"
-    run = _common.select(name, implementation, _IMPLEMENTATIONS, best=best)
+    run = _common.choose(name, implementation, _IMPLEMENTATIONS, lhs_RK, rhs_GKN)
     return run(*_common.vary_together(lhs_RK, rhs_GKN, group_sizes_G))

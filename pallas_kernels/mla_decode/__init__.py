@@ -9,7 +9,7 @@ import jax
 from pallas_kernels import _common
 from pallas_kernels.mla_decode import reference
 
-_IMPLEMENTATIONS = {"reference": reference.mla_decode}
+_IMPLEMENTATIONS = {"reference": _common.Implementation(reference.mla_decode)}
 
 
 def mla_decode(
@@ -61,5 +61,5 @@ def mla_decode(
         0 < value_dim <= cache_BSU.shape[2],
         f"{name}: value_dim is {value_dim}, expected 1 to {cache_BSU.shape[2]}",
     )
-    run = _common.select(name, implementation, _IMPLEMENTATIONS)
+    run = _common.choose(name, implementation, _IMPLEMENTATIONS)
     return run(q_BTHU, cache_BSU, lengths_B, scale=scale, value_dim=value_dim)

@@ -20,11 +20,20 @@ def _mosaic(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
     return mosaic.sum_by_id(values_RD, ids_R, num_rows)
 
 
-def _mosaic_fits(values_RD: jax.Array) -> bool:
-    return values_RD.dtype in _MOSAIC_DTYPES and values_RD.shape[1] % _MOSAIC_MULTIPLE == 0
+def _mosaic_misfit(values_RD: jax.Array) -> str:
+    width = values_RD.shape[1]
+    if values_RD.dtype in _MOSAIC_DTYPES and width % _MOSAIC_MULTIPLE == 0:
+        return ""
+    return (
+        "takes bfloat16, float16 or float32 and widths that are multiples of "
+        f"{_MOSAIC_MULTIPLE}, got {values_RD.dtype} and {width}"
+    )
 
 
-_IMPLEMENTATIONS = {"reference": reference.sum_by_id, "mosaic": _mosaic}
+_IMPLEMENTATIONS = {
+    "reference": _common.Implementation(reference.sum_by_id),
+    "mosaic": _common.Implementation(_mosaic, _mosaic_misfit),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -92,15 +101,6 @@ def scatter_add(
         f"{name}: values_RD has {values_RD.shape[0]} rows, ids_R {ids_R.shape[0]}",
     )
     _common.require(num_rows > 0, f"{name}: num_rows is {num_rows}, expected at least 1")
-    fits = _mosaic_fits(values_RD)
-    best = "mosaic" if _common.on_hopper() and fits else "reference"
-    sum_by_id = _common.select(name, implementation, _IMPLEMENTATIONS, best=best)
-    if sum_by_id is _mosaic:
-        _common.require_hopper(name)
-        _common.require(
-            fits,
-            f'{name}: implementation="mosaic" takes bfloat16, float16 or float32 and widths that '
-            f"are multiples of {_MOSAIC_MULTIPLE}, got {values_RD.dtype} and {values_RD.shape[1]}",
-        )
+    sum_by_id = _common.choose(name, implementation, _IMPLEMENTATIONS, values_RD)
     values_RD, ids_R = _common.vary_together(values_RD, ids_R)
     return _scatter_add(sum_by_id, values_RD, ids_R, num_rows)
