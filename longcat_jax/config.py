@@ -20,7 +20,7 @@ from longcat_jax.dataclass_mapping import read_json as read_json
 from longcat_jax.dataclass_mapping import to_mapping as to_mapping
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "selective", "full")
 SCHEDULES = ("wsd", "cosine")
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "q_lora_rank")
 SHAPE_FIELDS += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -254,6 +254,7 @@ class TrainConfig:
     keep_last: int = 2
     keep_best: int = 1
     remat: str = "none"
+    """Which activations the backward pass makes again: model/remat.py."""
     vocab_chunk: int = 8192
     """Columns of the unembedding per piece of the cross-entropy: no [tokens, vocabulary] array is
     ever whole.

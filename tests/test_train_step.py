@@ -53,7 +53,7 @@ def test_golden_losses_of_the_first_steps():
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "remat"), [pytest.param(2, "dots", marks=pytest.mark.slow), (4, "full")]
+    ("accumulate", "remat"), [pytest.param(2, "selective", marks=pytest.mark.slow), (4, "full")]
 )
 def test_accumulation_and_remat_change_no_loss_gradient_or_bias(accumulate, remat):
     config = tiny_config(train={"accumulate": accumulate})

@@ -16,6 +16,7 @@ from longcat_jax.model.ffn import FFN
 from longcat_jax.model.mla import MLA, AttentionInput, LatentCache
 from longcat_jax.model.moe import MoE
 from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.remat import keep
 from longcat_jax.model.router import Routing
 from longcat_jax.parameters import norm_weight
 
@@ -52,13 +53,13 @@ class Block(nn.Module):
         out, latent_0 = MLA(c, name="self_attn_0")(
             norm("input_layernorm_0", x_BTD), tokens, cache_0
         )
-        x_BTD += out
+        x_BTD = keep(x_BTD + out)
         h_BTD = norm("post_attention_layernorm_0", x_BTD)
         shortcut, routing = MoE(c, name="mlp")(h_BTD, router_shift_E)
-        x_BTD += FFN(c, name="mlps_0")(h_BTD)
+        x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD))
         out, latent_1 = MLA(c, name="self_attn_1")(
             norm("input_layernorm_1", x_BTD), tokens, cache_1
         )
-        x_BTD += out
+        x_BTD = keep(x_BTD + out)
         x_BTD += FFN(c, name="mlps_1")(norm("post_attention_layernorm_1", x_BTD))
         return x_BTD + shortcut, BlockOutput(routing, (latent_0, latent_1))

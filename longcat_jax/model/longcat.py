@@ -9,7 +9,6 @@ B batch, T tokens, D model, W vocabulary, L layers, K selections, U latent width
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from longcat_jax.model.embed import embed
 from longcat_jax.model.mla import AttentionInput
 from longcat_jax.model.mtp import MTPHead
 from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.remat import rematerialised
 from longcat_jax.model.rope import rope_table
 from longcat_jax.model.router import RouterStatistics, router_statistics
 from longcat_jax.parameters import embedding, matrix, norm_weight, scale_variance, stack_layers
@@ -110,21 +110,6 @@ def _abstract(config: ModelConfig, proxy: ProxyConfig | None, wide: bool) -> Par
     return jax.eval_shape(lambda key: init(config, key, proxy), jax.random.key(0))
 
 
-def rematerialised(function: Callable, policy: str) -> Callable:
-    """`function` under a named activation policy.
-
-    none: keep what the backward pass reads; dots: keep results of plain matrix products, recompute
-    the rest; full: keep the block's input only.
-    """
-    if policy == "none":
-        return function
-    policies = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }
-    return jax.checkpoint(function, policy=policies[policy], prevent_cse=False)
-
-
 def trunk(
     params: Params,
     config: ModelConfig,
@@ -141,7 +126,7 @@ def trunk(
       config: architecture.
       sequence: B rows of T tokens.
       balance_groups: G of the balance loss (model/router.py).
-      remat: activation policy, see `rematerialised`.
+      remat: activation policy, see model/remat.py.
       router_shift_LE: zeros added to every p, to differentiate by; None: not added.
     """
     c = config

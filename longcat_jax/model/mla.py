@@ -15,6 +15,7 @@ from flax import struct
 
 from longcat_jax.config import ModelConfig
 from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.remat import keep
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
 from longcat_jax.parameters import matrix, norm_weight
 from pallas_kernels import flash_mla, mla_decode
@@ -54,8 +55,9 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
 def _query(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> tuple:
     """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P]."""
     c, (B, T, D) = config, x_BTD.shape
-    low_BTQ = rms_norm(x_BTD @ weights["q_a_proj"], weights["q_a_layernorm"], c.mla_norm_eps)
-    q = (low_BTQ @ weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
+    low_BTQ = keep(x_BTD @ weights["q_a_proj"])
+    low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
+    q = keep(low_BTQ @ weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
     q = q * (D / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
     return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
 
@@ -65,7 +67,7 @@ def _latent(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTabl
     scaled.
     """
     c = config
-    low = x_BTD @ weights["kv_a_proj_with_mqa"]
+    low = keep(x_BTD @ weights["kv_a_proj_with_mqa"])
     latent = rms_norm(low[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
     latent = latent * (x_BTD.shape[-1] / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
     k_rope = rotate(low[..., None, c.kv_lora_rank :], rope)[:, :, 0]
@@ -95,7 +97,7 @@ def expanded(
         segment_ids=tokens.segment_ids_BT,
         k_rope=latent_BTU[..., c.kv_lora_rank :],
     )
-    return out_BTHV.reshape(B, T, -1) @ weights["o_proj"], latent_BTU
+    return keep(out_BTHV).reshape(B, T, -1) @ weights["o_proj"], latent_BTU
 
 
 def absorbed(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longcat_jax.config import ModelConfig
+from longcat_jax.model.remat import keep
 from longcat_jax.model.router import Router, Routing
 from longcat_jax.parameters import matrix
 from pallas_kernels import gather_combine, gather_rows, grouped_gemm
@@ -52,8 +53,9 @@ def real_experts(
     num_real = gate_up_XDF.shape[0]
     order = permute_by_expert(experts_TK, num_real)
     rows_RD = gather_rows(x_TD, order.token_of_row_R, order.row_of_slot_TK)
-    gate_RF, up_RF = jnp.split(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X), 2, axis=-1)
-    rows_RD = grouped_gemm(jax.nn.silu(gate_RF) * up_RF, down_XFD, order.group_sizes_X)
+    wide_RF = keep(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X))
+    gate_RF, up_RF = jnp.split(wide_RF, 2, axis=-1)
+    rows_RD = keep(grouped_gemm(jax.nn.silu(gate_RF) * up_RF, down_XFD, order.group_sizes_X))
     gates_TK = jnp.where(experts_TK < num_real, gates_TK, 0)
     return gather_combine(rows_RD, order.row_of_slot_TK, gates_TK)
 
