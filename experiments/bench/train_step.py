@@ -1,0 +1,139 @@
+"""Training speed of a configuration on this machine: tokens per second, MFU, where the time goes.
+
+    python -m experiments.bench.train_step --config=configs/mini_2b.py [--steps=20] [--kernels=25]
+        [--config.train.global_batch=8 ...]
+
+Rows are one segment of random tokens each, fixed draws, a new batch every step; FLOPs are those of
+the model at K_e real experts per token (SPEC), whatever the router does; it is printed what it did.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import step_profile, timing
+from longcat_jax.cli.config_file import load_config
+from longcat_jax.config import Config
+from longcat_jax.model import count
+from longcat_jax.sharding import batch_sharding, make_mesh
+from longcat_jax.train_step import compile_train_step, init_state
+
+PEAK_FLOPS = 989e12  # dense bf16 of an H100 SXM
+PROFILED = 3
+
+
+def random_batches(config: Config, number: int) -> list[dict[str, np.ndarray]]:
+    """Whole rows of random tokens."""
+    rng = np.random.default_rng(config.seed)
+    shape = config.train.global_batch, config.train.sequence_length + 1
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return [
+        {
+            "tokens": rng.integers(0, config.model.vocab_size, shape, dtype=np.int32),
+            "segment_ids": np.ones(shape, np.int32),
+            "positions": positions,
+        }
+        for _ in range(number)
+    ]
+
+
+class Run:
+    """A compiled train step with its state, and batches on the devices."""
+
+    def __init__(self, config: Config) -> None:
+        mesh = make_mesh(config.mesh)
+        jax.set_mesh(mesh)
+        batches = random_batches(config, 4)
+        self.batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in batches]
+        token_bytes = jnp.full(config.model.vocab_size, 4, jnp.int32)
+        self.state = init_state(config, mesh)
+        start = time.perf_counter()
+        step = compile_train_step(config, mesh)
+        self.compiled = step.lower(self.state, self.batches[0], token_bytes).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.token_bytes = token_bytes
+        self.done = 0
+
+    def step(self) -> dict[str, jax.Array]:
+        """Runs one step without waiting for it -> metrics."""
+        batch = self.batches[self.done % len(self.batches)]
+        self.state, metrics = self.compiled(self.state, batch, self.token_bytes)
+        self.done += 1
+        return metrics
+
+    def seconds_per_step(self, steps: int) -> float:
+        """Median over fifths of the run, so that one hiccup doesn't count."""
+        jax.block_until_ready(self.step())
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(max(1, steps // 5)):
+                metrics = self.step()
+            jax.block_until_ready(metrics)
+            times.append((time.perf_counter() - start) / max(1, steps // 5))
+        return statistics.median(times)
+
+
+def print_breakdown(run: Run, kernels: int) -> None:
+    """Profiles PROFILED steps and prints a table by part of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(PROFILED):
+                metrics = run.step()
+            jax.block_until_ready(metrics)
+        found = step_profile.kernels(Path(folder), run.compiled.as_text())
+    parts = step_profile.breakdown(found)
+    whole = sum(time for time, _ in parts.values())
+    rows = {
+        part: [f"{time / PROFILED / 1e6:.2f}", f"{time / whole:.1%}", f"{launches // PROFILED}"]
+        for part, (time, launches) in parts.items()
+    }
+    timing.table("part of a step", ["ms", "share", "launches"], rows)
+    for description, spent, launches in step_profile.longest(found, kernels):
+        print(f"{spent / PROFILED / 1e6:8.3f} ms {launches // PROFILED:5d} x  {description}")
+
+
+def report(config: Config, steps: int, kernels: int) -> None:
+    """Measures and prints."""
+    run = Run(config)
+    seconds = run.seconds_per_step(steps)
+    metrics: Any = jax.device_get(run.step())
+    tokens = config.train.global_batch * config.train.sequence_length
+    flops = count.training_flops_per_token(config.model, config.train.sequence_length)
+    device = jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    share = flops * tokens / seconds / PEAK_FLOPS / jax.device_count()
+    print(
+        f"{jax.device_count()} x {device.device_kind}, {config.train.global_batch} x "
+        f"{config.train.sequence_length} tokens, remat {config.train.remat}: {1e3 * seconds:.1f} "
+        f"ms, {tokens / seconds:,.0f} tokens/s, {share:.1%} MFU; peak memory {memory / 1e9:.1f} "
+        f"GB; compiled in {run.compile_seconds:.0f} s; loss {float(metrics['loss']):.3f}, "
+        f"{float(metrics['experts_per_token']):.2f} real experts per token",
+        flush=True,
+    )
+    if kernels:
+        print_breakdown(run, kernels)
+
+
+def main() -> None:
+    """Parses the command line and reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kernels", type=int, default=25, help="kernels listed; 0: no profile")
+    args, rest = parser.parse_known_args()
+    if strange := [text for text in rest if not text.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    overrides = [text.removeprefix("--config.") for text in rest]
+    report(load_config(args.config, overrides), args.steps, args.kernels)
+
+
+if __name__ == "__main__":
+    main()
