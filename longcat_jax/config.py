@@ -27,6 +27,7 @@ SHAPE_FIELDS += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head
 SHAPE_FIELDS += ("ffn_hidden_size", "expert_ffn_hidden_size", "n_routed_experts")
 SHAPE_FIELDS += ("zero_expert_num", "num_nextn_predict_layers")
 """Fields of `ModelConfig` that parameters depend on."""
+EXPERT_BACKENDS = ("auto", "dense", "allgather", "all_to_all")
 MESH_AXES = ("data", "fsdp", "pipeline", "context", "expert")
 
 
@@ -238,6 +239,35 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How tokens reach experts on other devices (parallel/expert.py)."""
+
+    expert_backend: str = "auto"
+    """dense, allgather or all_to_all; auto: allgather where mesh.expert < 16, all_to_all from
+    there.
+    """
+    token_chunks: int = 1
+    """Parts of a device's tokens that travel one after the other, so that one part's exchange can
+    hide behind the other's products.
+    """
+    dropless: bool | None = None
+    """Room for the worst case, so that no selection is left out; None: where mesh.expert < 16."""
+    capacity_factor: float = 1.5
+    """Without `dropless`: room for this many times the selections that a balanced router makes
+    within its budget model.moe_topk_real.
+    """
+
+    def __post_init__(self) -> None:
+        require(
+            self.expert_backend in EXPERT_BACKENDS,
+            "parallel.expert_backend",
+            self.expert_backend,
+            f"one of {', '.join(EXPERT_BACKENDS)}",
+        )
+        _positive("parallel", self, "token_chunks", "capacity_factor")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop. Batch sizes count sequences, lengths count tokens."""
 
@@ -438,6 +468,7 @@ class Config:
     optim: OptimConfig
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    parallel: ParallelConfig = ParallelConfig()
     proxy: ProxyConfig = ProxyConfig()
     seed: int = 0
     init_from: str = ""
@@ -472,6 +503,13 @@ class Config:
             "train.global_batch",
             batch,
             f"divisible by accumulate * mesh.data * mesh.fsdp * mesh.expert = {parts}",
+        )
+        tokens = batch // parts * self.train.sequence_length // self.mesh.context
+        require(
+            tokens % self.parallel.token_chunks == 0,
+            "parallel.token_chunks",
+            self.parallel.token_chunks,
+            f"a divisor of the {tokens} tokens that a device has of a micro-batch",
         )
 
     def _check_shards(self) -> None:

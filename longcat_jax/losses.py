@@ -171,6 +171,8 @@ class RouterCounts:
     load_LE: jax.Array
     real_histogram: jax.Array
     """[L, K + 1]."""
+    left_out_L: jax.Array
+    """Selections without room on the way to their expert (parallel/expert.py)."""
 
 
 def sequence_of(batch: Batch) -> Sequence:
@@ -211,6 +213,7 @@ def loss_terms(
         params,
         config.model,
         sequence,
+        parallel=config.parallel,
         balance_groups=optim.balance.groups,
         remat=config.train.remat,
         router_shift_LE=router_shift_LE,
@@ -229,7 +232,7 @@ def loss_terms(
         balance_loss=optim.balance.alpha * out.routers.balance_B.sum() / totals.rows,
         z_loss=optim.z_weight * hidden_z_sum(out.last_BTD, valid_BT) / totals.tokens,
     )
-    return terms, RouterCounts(out.routers.load_E, out.routers.real_histogram)
+    return terms, RouterCounts(out.routers.load_E, out.routers.real_histogram, out.left_out_L)
 
 
 def total_loss(terms: LossTerms, config: Config) -> jax.Array:

@@ -1,16 +1,19 @@
 """The mesh, and the one table from a parameter's logical axes to mesh axes.
 
 Axes in order: data, fsdp, pipeline, context, expert (expert innermost: neighbours on NVLink). Axes
-of size 1 stay, so specs never depend on the mesh. Everything runs in Auto mode: XLA places the
-collectives, constraints stand at block boundaries (`constrain_activations`). Adding a logical axis:
-one line in RULES.
+of size 1 stay, so specs never depend on the mesh. Dense parts run in Auto mode: XLA places the
+collectives, constraints stand at block boundaries (`constrain_activations`). Kernels are opaque to
+XLA, which would run them whole on every device: a function that calls one goes through `on_shards`.
+Adding a logical axis: one line in RULES.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import MESH_AXES, ConfigError, MeshConfig
@@ -28,6 +31,9 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "expert_embed": "fsdp",  # D of an expert's matrices, whose expert dim has taken the expert axis
 }
 BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
+TOKENS = P(BATCH_AXES, "context")
+"""[B, T, ...] arrays: rows over the batch axes, the sequence over context."""
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -70,4 +76,48 @@ def constrain_activations(x_BTD: jax.Array) -> jax.Array:
     """Pins batch and sequence dims of an activation to their mesh axes; nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_BTD
-    return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, "context"))
+    return lax.with_sharding_constraint(x_BTD, TOKENS)
+
+
+def axis_size(axis: str) -> int:
+    """Devices along a mesh axis; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def several_devices() -> bool:
+    """Whether the mesh in force has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def without_mesh() -> Any:
+    """Context manager in which functions are traced as for one device."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def on_shards(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """`function`, run on every device's part of its arguments (shard_map, types checked).
+
+    Without a mesh of several devices it is the function itself, on whole arrays, and the
+    collectives of this module do nothing in it.
+    """
+    if not several_devices():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+
+
+def _inside_shards() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def gather_weight(shard: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> jax.Array:
+    """The whole weight of its parts along mesh `axes`, inside of `on_shards`.
+
+    Its gradient is summed over all devices' tokens: scattered back in the same parts first, then
+    reduced over the axes that don't cut it.
+    """
+    if not _inside_shards():
+        return shard
+    here = jax.typeof(shard).manual_axis_type.varying
+    shard = lax.pcast(shard, tuple(a for a in TOKEN_AXES if a not in here), to="varying")
+    return lax.all_gather(shard, axes, axis=dim, tiled=True)

@@ -164,6 +164,7 @@ def router_metrics(counts: RouterCounts, config: Config) -> Metrics:
         "experts_per_token_std": jnp.sqrt((share * (numbers - mean) ** 2).sum()),
         "max_load": max_load_L.max(),
         "max_load_mean": max_load_L.mean(),
+        "selections_left_out": counts.left_out_L.sum(),
     }
 
 
@@ -180,7 +181,9 @@ def train_step(
     """
     terms, counts, grads = accumulated_gradients(state.params, config, batch)
     tx = make_optimizer(config, abstract_boxes(config))
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, load_LE=counts.load_LE)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, load_LE=counts.load_LE)
+        params = optax.apply_updates(state.params, updates)
     has_next, _ = target_masks(batch)
     text_bytes = jnp.where(has_next, token_bytes_W[batch["tokens"][:, 1:]], 0).sum()
     bits = terms.loss * has_next.sum() / jnp.log(2.0)
@@ -194,7 +197,6 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         **router_metrics(counts, config),
     }
-    params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -224,7 +226,11 @@ def evaluation_step(
 ) -> EvaluationSums:
     """Cross-entropy and router counts of one batch, no gradients."""
     out = longcat.trunk(
-        params, config.model, sequence_of(batch), balance_groups=config.optim.balance.groups
+        params,
+        config.model,
+        sequence_of(batch),
+        parallel=config.parallel,
+        balance_groups=config.optim.balance.groups,
     )
     has_next, _ = target_masks(batch)
     return EvaluationSums(

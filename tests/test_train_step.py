@@ -129,9 +129,11 @@ def test_bits_per_byte_is_nats_over_ln_2_and_the_bytes_of_the_targets():
 def test_metrics_are_finite_and_complete():
     names = {"loss", "loss_total", "mtp_loss", "balance_loss", "z_loss", "bits_per_byte"}
     names |= {"grad_norm", "experts_per_token", "experts_per_token_std"}
-    names |= {"max_load", "max_load_mean"}
-    for metrics in trained().losses:
+    names |= {"max_load", "max_load_mean", "selections_left_out"}
+    for step in trained().losses:
+        metrics = dict(step)
         assert set(metrics) == names
+        assert metrics.pop("selections_left_out") == 0
         assert all(np.isfinite(value) and value > 0 for value in metrics.values())
 
 
@@ -142,7 +144,9 @@ def test_router_metrics_of_a_hand_computed_case():
     load[1, :8] = [3, 3, 3, 3, 3, 3, 3, 3]
     load[:, 8:] = 100  # identity experts don't enter
     histogram = np.array([[1, 0, 0, 0, 1], [0, 0, 2, 0, 0]])
-    out = router_metrics(RouterCounts(jnp.asarray(load), jnp.asarray(histogram)), config)
+    counts = RouterCounts(jnp.asarray(load), jnp.asarray(histogram), jnp.asarray([3, 4]))
+    out = router_metrics(counts, config)
+    assert out["selections_left_out"] == 7
     assert float(out["max_load"]) == 4 and float(out["max_load_mean"]) == 2.5
     assert float(out["experts_per_token"]) == 2
     assert float(out["experts_per_token_std"]) == pytest.approx(2**0.5)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from flax import struct
 
-from longcat_jax.config import ModelConfig
+from longcat_jax.config import ModelConfig, ParallelConfig
 from longcat_jax.model.ffn import FFN
 from longcat_jax.model.mla import MLA, AttentionInput, LatentCache
 from longcat_jax.model.moe import MoE
@@ -26,6 +26,8 @@ class BlockOutput:
     """What a block gives besides the residual stream."""
 
     routing: Routing
+    left_out: jax.Array
+    """Selections that found no room on their way to an expert (parallel/expert.py)."""
     attention: tuple[jax.Array, jax.Array] | tuple[LatentCache, LatentCache]
     """Both attentions' latents [B, T, U] of these tokens, or their extended caches."""
 
@@ -34,6 +36,7 @@ class Block(nn.Module):
     """One "layer" of the released checkpoint: two attentions, two dense FFNs, one MoE."""
 
     config: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
 
     @nn.compact
     def __call__(
@@ -55,11 +58,12 @@ class Block(nn.Module):
         )
         x_BTD = keep(x_BTD + out)
         h_BTD = norm("post_attention_layernorm_0", x_BTD)
-        shortcut, routing = MoE(c, name="mlp")(h_BTD, router_shift_E)
+        moe = MoE(c, self.parallel, name="mlp")
+        shortcut, routing, left_out = moe(h_BTD, router_shift_E)
         x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD))
         out, latent_1 = MLA(c, name="self_attn_1")(
             norm("input_layernorm_1", x_BTD), tokens, cache_1
         )
         x_BTD = keep(x_BTD + out)
         x_BTD += FFN(c, name="mlps_1")(norm("post_attention_layernorm_1", x_BTD))
-        return x_BTD + shortcut, BlockOutput(routing, (latent_0, latent_1))
+        return x_BTD + shortcut, BlockOutput(routing, left_out, (latent_0, latent_1))

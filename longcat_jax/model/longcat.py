@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from longcat_jax.config import ModelConfig, ProxyConfig
+from longcat_jax.config import ModelConfig, ParallelConfig, ProxyConfig
 from longcat_jax.model.block import Block
 from longcat_jax.model.embed import embed
 from longcat_jax.model.mla import AttentionInput
@@ -26,7 +26,7 @@ from longcat_jax.model.remat import rematerialised
 from longcat_jax.model.rope import rope_table
 from longcat_jax.model.router import RouterStatistics, router_statistics
 from longcat_jax.parameters import embedding, matrix, norm_weight, scale_variance, stack_layers
-from longcat_jax.sharding import constrain_activations
+from longcat_jax.sharding import constrain_activations, without_mesh
 
 Params = dict[str, Any]
 
@@ -59,6 +59,8 @@ class TrunkOutput:
     """Before it: what the hidden z-loss reads."""
     routers: RouterStatistics
     """Every field with a leading L."""
+    left_out_L: jax.Array
+    """Selections that found no room on their way to an expert."""
     latents: tuple[jax.Array, jax.Array]
     """[L, B, T, U] of either attention: what a cache holds."""
 
@@ -89,12 +91,13 @@ def init(config: ModelConfig, key: jax.Array, proxy: ProxyConfig | None = None) 
     layers = jax.vmap(lambda k: Block(c).init(k, x_BTD, tokens)["params"])
     boxed = {
         "embed_tokens": embedding(c, "vocab", None)(key_embed, (c.vocab_size, D)),
-        "layers": stack_layers(layers(jax.random.split(key_layers, c.num_layers))),
         "norm": norm_weight(c)(key_head, (D,)),
         "lm_head": matrix(c, "hidden_size", "embed", None)(key_head, (D, c.vocab_size)),
     }
-    if c.num_nextn_predict_layers:
-        boxed["mtp"] = MTPHead(c).init(key_mtp, x_BTD, whole.tokens_BT, tokens)["params"]
+    with without_mesh():  # linen runs the modules once, on a row that no mesh could cut
+        boxed["layers"] = stack_layers(layers(jax.random.split(key_layers, c.num_layers)))
+        if c.num_nextn_predict_layers:
+            boxed["mtp"] = MTPHead(c).init(key_mtp, x_BTD, whole.tokens_BT, tokens)["params"]
     return scale_variance(boxed, c, proxy or ProxyConfig())
 
 
@@ -115,6 +118,7 @@ def trunk(
     config: ModelConfig,
     sequence: Sequence,
     *,
+    parallel: ParallelConfig | None = None,
     balance_groups: int = 1,
     remat: str = "none",
     router_shift_LE: jax.Array | None = None,
@@ -125,28 +129,29 @@ def trunk(
       params: plain parameter tree.
       config: architecture.
       sequence: B rows of T tokens.
+      parallel: how experts are reached on a mesh; None: the defaults.
       balance_groups: G of the balance loss (model/router.py).
       remat: activation policy, see model/remat.py.
       router_shift_LE: zeros added to every p, to differentiate by; None: not added.
     """
-    c = config
+    c, block = config, Block(config, parallel or ParallelConfig())
     tokens = AttentionInput(rope_table(c, sequence.positions_BT), sequence.segment_ids_BT)
     valid_BT = sequence.segment_ids_BT != 0
 
     def layer(x_BTD: jax.Array, scanned: tuple) -> tuple:
         weights, shift_E = scanned
-        x_BTD, out = Block(c).apply({"params": weights}, x_BTD, tokens, None, shift_E)
+        x_BTD, out = block.apply({"params": weights}, x_BTD, tokens, None, shift_E)
         statistics = router_statistics(out.routing, valid_BT, config=c, groups=balance_groups)
-        return constrain_activations(x_BTD), (statistics, out.attention)
+        return constrain_activations(x_BTD), (statistics, out.left_out, out.attention)
 
     x_BTD = embed(params["embed_tokens"], sequence.tokens_BT, jnp.dtype(c.dtype))
-    x_BTD, (routers, latents) = jax.lax.scan(
+    x_BTD, (routers, left_out_L, latents) = jax.lax.scan(
         rematerialised(layer, remat),
         constrain_activations(x_BTD),
         (params["layers"], router_shift_LE),
     )
     hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
-    return TrunkOutput(hidden_BTD, x_BTD, routers, latents)
+    return TrunkOutput(hidden_BTD, x_BTD, routers, left_out_L, latents)
 
 
 def mtp_hidden(

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longcat_jax.model import moe
-from longcat_jax.model.moe import MoE, permute_by_expert, real_experts
+from longcat_jax.model import experts as model_experts
+from longcat_jax.model.experts import permute_by_expert, real_experts
+from longcat_jax.model.moe import MoE
 from tests.helpers import exact, random_params, relative_error, tiny_config
 
 CONFIG = tiny_config().model
@@ -54,7 +55,7 @@ def _loop(x, weights, gamma=GAMMA):
 
 def test_moe_equals_a_loop_over_tokens_and_experts(layer):
     weights, x = layer
-    out, routing = jax.jit(lambda w, x: MoE(CONFIG).apply({"params": w}, x))(weights, x)
+    out, routing, _ = jax.jit(lambda w, x: MoE(CONFIG).apply({"params": w}, x))(weights, x)
     kinds = np.asarray(routing.experts_BTK) >= N
     assert kinds.any() and not kinds.all()
     assert relative_error(out, _loop(x, weights)) <= 1e-13
@@ -64,7 +65,7 @@ def test_gate_half_of_gate_up_comes_first(layer):
     weights, x = layer
     halves = jnp.roll(weights["experts"]["gate_up_proj"], 10, axis=-1)
     swapped = {**weights, "experts": {**weights["experts"], "gate_up_proj": halves}}
-    out, _ = jax.jit(lambda w, x: MoE(CONFIG).apply({"params": w}, x))(swapped, x)
+    out, _, _ = jax.jit(lambda w, x: MoE(CONFIG).apply({"params": w}, x))(swapped, x)
     assert relative_error(out, _loop(x, weights)) > 1e-2
 
 
@@ -78,12 +79,13 @@ def test_identity_selections_give_gamma_sum_p_x_and_no_row_of_work(layer, monkey
         sizes.append(np.asarray(group_sizes))
         return grouped_gemm(lhs, rhs, group_sizes)
 
-    grouped_gemm = moe.grouped_gemm
-    monkeypatch.setattr(moe, "grouped_gemm", watched)
-    out, routing = MoE(CONFIG).apply({"params": weights}, jnp.asarray(x))
+    grouped_gemm = model_experts.grouped_gemm
+    monkeypatch.setattr(model_experts, "grouped_gemm", watched)
+    out, routing, left_out = MoE(CONFIG).apply({"params": weights}, jnp.asarray(x))
     assert (np.asarray(routing.experts_BTK) >= N).all()
     p = np.take_along_axis(np.asarray(routing.p_BTE), np.asarray(routing.experts_BTK), axis=-1)
     assert relative_error(out, GAMMA * p.sum(-1, keepdims=True) * np.asarray(x)) <= 1e-14
+    assert left_out == 0
     assert len(sizes) == 2
     for size in sizes:
         np.testing.assert_array_equal(size, np.zeros(N))
@@ -92,22 +94,36 @@ def test_identity_selections_give_gamma_sum_p_x_and_no_row_of_work(layer, monkey
 def test_gamma_multiplies_real_and_identity_experts_alike(layer):
     weights, x = layer
     double = dataclasses.replace(CONFIG, routed_scaling_factor=2 * GAMMA)
-    one, _ = jax.jit(lambda w, x: MoE(CONFIG).apply({"params": w}, x))(weights, x)
-    two, routing = jax.jit(lambda w, x: MoE(double).apply({"params": w}, x))(weights, x)
+    one, _, _ = jax.jit(lambda w, x: MoE(CONFIG).apply({"params": w}, x))(weights, x)
+    two, routing, _ = jax.jit(lambda w, x: MoE(double).apply({"params": w}, x))(weights, x)
     assert (np.asarray(routing.experts_BTK) >= N).any()
     assert relative_error(two, 2 * np.asarray(one)) <= 1e-14
 
 
-def test_permutation_sorts_rows_by_expert_and_keeps_identity_slots_last():
+def test_permutation_sorts_rows_by_expert_and_gives_identity_slots_none():
     experts = np.random.default_rng(0).integers(0, E, (29, K)).astype(np.int32)
-    order = permute_by_expert(jnp.asarray(experts), N)
+    order = permute_by_expert(jnp.asarray(experts), N, 116)
     flat = experts.reshape(-1)
     np.testing.assert_array_equal(order.group_sizes_X, np.bincount(flat, minlength=E)[:N])
-    slot_of_row = np.argsort(np.minimum(flat, N), kind="stable")
-    np.testing.assert_array_equal(order.token_of_row_R, slot_of_row // K)
-    np.testing.assert_array_equal(
-        np.asarray(order.row_of_slot_TK).reshape(-1)[slot_of_row], range(116)
-    )
+    used = np.count_nonzero(flat < N)
+    slot_of_row = np.argsort(np.minimum(flat, N), kind="stable")[:used]
+    wanted = np.full(116, 29)
+    wanted[:used] = slot_of_row // K
+    np.testing.assert_array_equal(order.token_of_row_R, wanted)
+    wanted = np.full(116, 116)
+    wanted[slot_of_row] = range(used)
+    np.testing.assert_array_equal(order.row_of_slot_TK, wanted.reshape(29, K))
+
+
+def test_permutation_with_too_few_rows_keeps_the_first_slots():
+    experts = np.random.default_rng(0).integers(0, E, (29, K)).astype(np.int32)
+    kept = np.cumsum(experts.reshape(-1) < N).reshape(29, K) <= 23
+    order = permute_by_expert(jnp.asarray(experts), N, 23)
+    alone = permute_by_expert(jnp.asarray(np.where(kept, experts, N)), N, 116)
+    assert order.group_sizes_X.sum() == 23
+    np.testing.assert_array_equal(order.group_sizes_X, alone.group_sizes_X)
+    np.testing.assert_array_equal(order.token_of_row_R, alone.token_of_row_R[:23])
+    np.testing.assert_array_equal(order.row_of_slot_TK, np.minimum(alone.row_of_slot_TK, 23))
 
 
 def test_gradients_of_real_experts_equal_those_of_a_dense_mixture():

@@ -1,0 +1,73 @@
+"""The real experts' arithmetic on one device: rows in order of expert, two grouped products, sum.
+
+Gathers only, in both directions: rows are summed back through the inverse permutation in the order
+of the selections.
+
+T tokens, D model, X experts here, F expert width, K selections, R rows of the grouped GEMM.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from pallas_kernels import gather_combine, gather_rows, grouped_gemm
+
+
+@struct.dataclass
+class Permutation:
+    """Order of the computed (token, selection) slots by expert."""
+
+    token_of_row_R: jax.Array
+    """T for rows that stay empty: they are not read."""
+    row_of_slot_TK: jax.Array
+    """R for slots that have no row."""
+    group_sizes_X: jax.Array
+
+
+def permute_by_expert(experts_TK: jax.Array, num_experts: int, num_rows: int) -> Permutation:
+    """Stable order, so equal inputs give equal sums whatever the other tokens do.
+
+    Ids from `num_experts` on have no row. Where more slots than `num_rows` want one, the first
+    tokens' get it.
+    """
+    (T, K), slots = experts_TK.shape, experts_TK.size
+    wants_S = (experts_TK < num_experts).reshape(-1)
+    if num_rows < T * min(K, num_experts):
+        wants_S &= jnp.cumsum(wants_S, dtype=jnp.int32) <= num_rows
+    key_S = jnp.where(wants_S, experts_TK.reshape(-1), num_experts)
+    sizes_X = (key_S[:, None] == jnp.arange(num_experts)[None]).sum(0, dtype=jnp.int32)
+    row_R = jnp.arange(num_rows, dtype=jnp.int32)
+    used_R = row_R < sizes_X.sum()
+    slot_of_row_R = jnp.where(used_R, jnp.argsort(key_S, stable=True)[:num_rows], slots)
+    row_of_slot = jnp.full(slots, num_rows, jnp.int32).at[slot_of_row_R].set(row_R, mode="drop")
+    return Permutation(slot_of_row_R // K, row_of_slot.reshape(T, K), sizes_X)
+
+
+def real_experts(
+    x_TD: jax.Array,
+    gates_TK: jax.Array,
+    experts_TK: jax.Array,
+    gate_up_XDF: jax.Array,
+    down_XFD: jax.Array,
+    *,
+    num_rows: int | None = None,
+) -> jax.Array:
+    """sum_k gate_k * SwiGLU_k(x) over the selected experts with an id below X.
+
+    Args:
+      x_TD: tokens.
+      gates_TK: weights of the selections.
+      experts_TK: ids; a token selects an expert once.
+      gate_up_XDF: gate half first.
+      down_XFD: back to the width of tokens.
+      num_rows: rows to compute at most; None: the most that can be asked for. What doesn't fit is
+        left out of the sum (`permute_by_expert`).
+    """
+    num_experts = gate_up_XDF.shape[0]
+    T, K = experts_TK.shape
+    num_rows = T * min(K, num_experts) if num_rows is None else num_rows
+    order = permute_by_expert(experts_TK, num_experts, num_rows)
+    rows_RD = gather_rows(x_TD, order.token_of_row_R, order.row_of_slot_TK)
+    gate_RF, up_RF = jnp.split(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X), 2, axis=-1)
+    rows_RD = grouped_gemm(jax.nn.silu(gate_RF) * up_RF, down_XFD, order.group_sizes_X)
+    return gather_combine(rows_RD, order.row_of_slot_TK, gates_TK)
