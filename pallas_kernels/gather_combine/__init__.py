@@ -12,6 +12,7 @@ from pallas_kernels import _common
 from pallas_kernels.gather_combine import reference
 
 _MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
+_TRITON_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MOSAIC_MULTIPLE = 128  # of the width
 _MOSAIC_WIDEST = 16384  # the rows in flight must fit into shared memory
 
@@ -33,11 +34,27 @@ def _mosaic_misfit(x_TD: jax.Array) -> str:
     )
 
 
+def _triton_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
+    from pallas_kernels.gather_combine import triton  # needs the extra [triton]
+
+    return triton.gather_rows(x_TD, token_of_row_R, slots_TK)
+
+
+def _triton_misfit(x_TD: jax.Array) -> str:
+    if x_TD.dtype in _TRITON_DTYPES and x_TD.shape[1] > 0:
+        return ""
+    return (
+        "takes bfloat16, float16 or float32 and at least one column, got "
+        f"{x_TD.dtype} and {x_TD.shape[1]}"
+    )
+
+
 # On an H100 XLA runs combine and its gradient at the speed of a copy: no kernel beats that.
 _COMBINE = {"reference": _common.Implementation(reference.gather_combine)}
 _ROWS = {
     "reference": _common.Implementation(reference.gather_rows),
     "mosaic": _common.Implementation(_mosaic_rows, _mosaic_misfit),
+    "triton": _common.Implementation(_triton_rows, _triton_misfit),
 }
 
 
@@ -93,7 +110,9 @@ def gather_rows(
         token listed once (not checked). A slot outside [0, R) stands for no row. Used by the
         gradient only.
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths that are multiples
-        of 128 up to 16384; None for "mosaic" where it runs and "reference" elsewhere.
+        of 128 up to 16384; "triton" for GPUs since Ampere and dtypes up to float32; None for
+        "mosaic" on Hopper and "triton" on GPUs before it where they take the operands, "reference"
+        elsewhere.
 
     Returns:
       [R, D] in the dtype of x.

@@ -3,14 +3,17 @@
 R rows, K contracted width, N output width, G groups.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _common
 from pallas_kernels.grouped_gemm import reference
 
-_MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
+_DTYPES = (jnp.bfloat16, jnp.float16)  # of the kernels
 _MOSAIC_MULTIPLE = 64  # of the widths: a swizzled row of shared memory
+_TRITON_MULTIPLE = 8  # of the widths: what a thread loads at a time
 
 
 def _mosaic(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
@@ -19,19 +22,30 @@ def _mosaic(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> 
     return mosaic.grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G)
 
 
-def _mosaic_misfit(lhs_RK: jax.Array, rhs_GKN: jax.Array) -> str:
+def _triton(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    from pallas_kernels.grouped_gemm import triton  # needs the extra [triton]
+
+    return triton.grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G)
+
+
+def _misfit(lhs_RK: jax.Array, rhs_GKN: jax.Array, *, multiple: int) -> str:
     widths = rhs_GKN.shape[1:]
-    if lhs_RK.dtype in _MOSAIC_DTYPES and all(w % _MOSAIC_MULTIPLE == 0 for w in widths):
+    if lhs_RK.dtype in _DTYPES and all(w > 0 and w % multiple == 0 for w in widths):
         return ""
     return (
-        f"takes bfloat16 or float16 and widths that are multiples of {_MOSAIC_MULTIPLE}, got "
+        f"takes bfloat16 or float16 and widths that are multiples of {multiple}, got "
         f"{lhs_RK.dtype}, {widths[0]} and {widths[1]}"
     )
 
 
 _IMPLEMENTATIONS = {
     "reference": _common.Implementation(reference.grouped_gemm),
-    "mosaic": _common.Implementation(_mosaic, _mosaic_misfit),
+    "mosaic": _common.Implementation(
+        _mosaic, functools.partial(_misfit, multiple=_MOSAIC_MULTIPLE)
+    ),
+    "triton": _common.Implementation(
+        _triton, functools.partial(_misfit, multiple=_TRITON_MULTIPLE)
+    ),
 }
 
 
@@ -55,7 +69,9 @@ def grouped_gemm(
       group_sizes_G: rows per group, integers >= 0 whose sum is at most R (not checked: values are
         traced).
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths that are multiples
-        of 64; None for "mosaic" where it runs and "reference" elsewhere.
+        of 64; "triton" for GPUs since Ampere, 16-bit dtypes and widths that are multiples of 8;
+        None for "mosaic" on Hopper and "triton" on GPUs before it where they take the operands,
+        "reference" elsewhere.
 
     Returns:
       [R, N] in the dtype of lhs.

@@ -10,7 +10,7 @@ import numpy as np
 from pallas_kernels import _common
 from pallas_kernels.scatter_add import reference
 
-_MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)  # of the kernels
 _MOSAIC_MULTIPLE = 128  # of the width: one column to a thread
 
 
@@ -22,7 +22,7 @@ def _mosaic(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
 
 def _mosaic_misfit(values_RD: jax.Array) -> str:
     width = values_RD.shape[1]
-    if values_RD.dtype in _MOSAIC_DTYPES and width % _MOSAIC_MULTIPLE == 0:
+    if values_RD.dtype in _DTYPES and width % _MOSAIC_MULTIPLE == 0:
         return ""
     return (
         "takes bfloat16, float16 or float32 and widths that are multiples of "
@@ -30,9 +30,25 @@ def _mosaic_misfit(values_RD: jax.Array) -> str:
     )
 
 
+def _triton(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
+    from pallas_kernels.scatter_add import triton  # needs the extra [triton]
+
+    return triton.sum_by_id(values_RD, ids_R, num_rows)
+
+
+def _triton_misfit(values_RD: jax.Array) -> str:
+    if values_RD.dtype in _DTYPES and values_RD.shape[1] > 0:
+        return ""
+    return (
+        "takes bfloat16, float16 or float32 and at least one column, got "
+        f"{values_RD.dtype} and {values_RD.shape[1]}"
+    )
+
+
 _IMPLEMENTATIONS = {
     "reference": _common.Implementation(reference.sum_by_id),
     "mosaic": _common.Implementation(_mosaic, _mosaic_misfit),
+    "triton": _common.Implementation(_triton, _triton_misfit),
 }
 
 
@@ -82,8 +98,9 @@ def scatter_add(
       ids_R: integer destination of each row; a row with an id outside [0, num_rows) is dropped.
       num_rows: number of destinations, static.
       implementation: "reference"; "mosaic" for Hopper, dtypes up to float32 and widths that are
-        multiples of 128; None for "mosaic" where it runs and "reference" elsewhere. The two add in
-        different orders.
+        multiples of 128; "triton" for GPUs since Ampere and dtypes up to float32; None for "mosaic"
+        on Hopper and "triton" on GPUs before it where they take the operands, "reference"
+        elsewhere. The kernels add in one order, the reference in another.
 
     Returns:
       [num_rows, D] in float32, or float64 for float64 values: the dtype the sums ran in.
