@@ -37,8 +37,9 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.11.2,<0.12"],
-        # Kernels for GPUs before Hopper; imported only where they run.
-        "triton": ["jax-triton>=0.3.1"],
+        # Kernels for GPUs before Hopper; imported only where they run. jax-triton reaches into
+        # triton's compiler, which changes between minor versions.
+        "triton": ["jax-triton>=0.3.1,<0.4", "triton>=3.6,<3.7"],
         # Compiles for GPUs on a machine without one. Not beside [cuda].
         "aot": [
             "jax-cuda12-plugin>=0.11.2,<0.12",
