@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Streaming multiprocessors of the H100 and H200 in their SXM form, for programs that are compiled
@@ -37,3 +38,16 @@ def divmod_by(value: jax.Array, divisor: Any) -> tuple[jax.Array, jax.Array]:
     divisor = jnp.int32(divisor)
     quotient = lax.div(value, divisor)
     return quotient, value - quotient * divisor
+
+
+def multiply_add(sums: jax.Array, a: Any, b: Any) -> jax.Array:
+    """sums + a b, finished on return.
+
+    The interpreter knows neither sums nor an `a` that come from registers: tests replace this.
+
+    Args:
+      sums: float32 in registers.
+      a: in registers or shared memory.
+      b: in shared memory.
+    """
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(sums))

@@ -4,12 +4,45 @@ B batch, T new tokens (1 to a few), S cache entries, H heads, U cache width (lat
 latent width.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import _common
 from pallas_kernels.mla_decode import reference
 
-_IMPLEMENTATIONS = {"reference": _common.Implementation(reference.mla_decode)}
+_MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
+_MOSAIC_MULTIPLE = 64  # of the widths and of the number of entries
+_MOSAIC_VALUES, _MOSAIC_WIDTH = 512, 576  # the most that registers and shared memory hold
+
+
+def _mosaic(*operands: jax.Array, **options: Any) -> jax.Array:
+    from pallas_kernels.mla_decode import mosaic  # Pallas is only imported where it is used
+
+    return mosaic.mla_decode(*operands, **options)
+
+
+def _mosaic_misfit(cache_BSU: jax.Array, value_dim: int) -> str:
+    _, entries, width = cache_BSU.shape
+    if (
+        cache_BSU.dtype in _MOSAIC_DTYPES
+        and all(n % _MOSAIC_MULTIPLE == 0 for n in (entries, width, value_dim))
+        and value_dim <= _MOSAIC_VALUES
+        and width <= _MOSAIC_WIDTH
+    ):
+        return ""
+    return (
+        f"takes bfloat16 or float16 and multiples of {_MOSAIC_MULTIPLE}: a value_dim up to "
+        f"{_MOSAIC_VALUES}, entries up to {_MOSAIC_WIDTH} wide, and their number; got "
+        f"{cache_BSU.dtype}, {value_dim}, {width} and {entries}"
+    )
+
+
+_IMPLEMENTATIONS = {
+    "reference": _common.Implementation(reference.mla_decode),
+    "mosaic": _common.Implementation(_mosaic, _mosaic_misfit),
+}
 
 
 def mla_decode(
@@ -34,7 +67,9 @@ def mla_decode(
       lengths_B: integer number of valid entries per row, at most S.
       scale: factor of the scores, before the softmax.
       value_dim: width C of the latent, the first columns of the cache, which are the values.
-      implementation: None for the platform's best, or "reference".
+      implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes, widths and S that are
+        multiples of 64, C up to 512 and U up to 576, which has no gradient; None for "mosaic" where
+        it runs and "reference" elsewhere.
 
     Returns:
       [B, T, H, value_dim] in the dtype of q; the value up-projection is the caller's.
@@ -61,5 +96,6 @@ def mla_decode(
         0 < value_dim <= cache_BSU.shape[2],
         f"{name}: value_dim is {value_dim}, expected 1 to {cache_BSU.shape[2]}",
     )
-    run = _common.choose(name, implementation, _IMPLEMENTATIONS)
-    return run(q_BTHU, cache_BSU, lengths_B, scale=scale, value_dim=value_dim)
+    run = _common.choose(name, implementation, _IMPLEMENTATIONS, cache_BSU, value_dim)
+    operands = _common.vary_together(q_BTHU, cache_BSU, lengths_B)
+    return run(*operands, scale=scale, value_dim=value_dim)

@@ -1,12 +1,19 @@
-"""What the kernel tests share: values of many magnitudes, and a search for floating scatters."""
+"""What the kernel tests share."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ROOT = Path(__file__).parents[2]
 
 
 def values_of_many_magnitudes(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -62,3 +69,18 @@ def strict_types() -> Iterator[None]:
         jax.numpy_rank_promotion("raise"),
     ):
         yield
+
+
+def interpret(*cases: str) -> dict[str, dict[str, Any]]:
+    """Results of tests/kernels/interpreted.py by case."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted", *cases],
+        cwd=ROOT,
+        env=os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {result["case"]: result for result in results}

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic, gather_rows, grouped_gemm, scatter_add
+from pallas_kernels import _mosaic, gather_rows, grouped_gemm, mla_decode, scatter_add
 from pallas_kernels.grouped_gemm import mosaic as grouped_mosaic
 from pallas_kernels.grouped_gemm import schedule
+from pallas_kernels.mla_decode import mosaic as decode_mosaic
 from tests.kernels import helpers, scatter_order
 
 NUM_SMS = 2
@@ -127,19 +128,77 @@ def dispatch() -> dict[str, Any]:
     return {name: helpers.same_bits(a, b) for name, a, b in pairs}
 
 
+class Decode(NamedTuple):
+    """One call of mla_decode; what lies past a row's length holds NaN."""
+
+    tokens: int
+    heads: int
+    latent: int
+    rope: int
+    entries: int
+    lengths: tuple[int, ...]
+    dtype: str = "bfloat16"
+
+
+DECODES = {
+    "few heads": Decode(2, 4, 128, 64, 256, (200, 1, 0)),
+    "two row tiles": Decode(2, 48, 192, 64, 192, (129,)),
+    "three tokens": Decode(3, 16, 64, 128, 192, (129, 2, 70), "float16"),
+    "64 heads": Decode(1, 64, 320, 64, 128, (100, 128)),
+}
+
+
+def decode(case: Decode) -> dict[str, Any]:
+    """Errors of the kernel, over splits of two tiles, and of the reference; what the first tokens
+    that stand before the cache get.
+    """
+    rng = np.random.default_rng(3)
+    decode_mosaic.MIN_SPLIT = decode_mosaic.MAX_SPLIT = 2 * decode_mosaic.TILE
+    batch, width = len(case.lengths), case.latent + case.rope
+    q, clean = (
+        jnp.asarray(rng.standard_normal(shape), case.dtype)
+        for shape in ((batch, case.tokens, case.heads, width), (batch, case.entries, width))
+    )
+    lengths_B = jnp.asarray(case.lengths, jnp.int32)
+    past = np.arange(case.entries)[None] >= np.asarray(case.lengths)[:, None]
+    cache = jnp.where(past[..., None], jnp.nan, clean)
+
+    def run(q: jax.Array, cache: jax.Array, implementation: str) -> np.ndarray:
+        options = dict(scale=0.2, value_dim=case.latent, implementation=implementation)
+        return np.asarray(mla_decode(q, cache, lengths_B, **options), np.float64)
+
+    got, reference = run(q, cache, "mosaic"), run(q, cache, "reference")
+    with jax.enable_x64(True):
+        exact = run(q.astype(jnp.float64), clean.astype(jnp.float64), "reference")
+    position = np.asarray(case.lengths)[:, None] - case.tokens + np.arange(case.tokens)
+    return {
+        "out": helpers.relative_error(got, exact),
+        "reference": helpers.relative_error(reference, exact),
+        "before": float(np.abs(got[position < 0]).sum()),
+    }
+
+
 SCATTERS = ("uniform", "half on one", "all on the last")
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"grouped {name}": lambda sizes=sizes: grouped(sizes) for name, sizes in GROUPS.items()},
     "grouped float32 gradient": weight_gradient_in_float32,
     "dispatch": dispatch,
     **{f"scatter {name}": lambda name=name: scatter(name) for name in SCATTERS},
+    **{f"decode {name}": lambda case=case: decode(case) for name, case in DECODES.items()},
 }
-RACES = {"grouped uneven", "scatter uniform", "dispatch"}
+RACES = {"grouped uneven", "scatter uniform", "dispatch", "decode two row tiles"}
+
+
+def multiply_add(sums: jax.Array, a: Any, b: Any) -> jax.Array:
+    """What the interpreter lacks: a product whose sums and left operand are in registers."""
+    a = a if isinstance(a, jax.Array) else a[...]
+    return sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
 
 
 def main(names: list[str]) -> None:
     """Runs the named cases, or all."""
     _mosaic.num_sms = lambda: NUM_SMS
+    _mosaic.multiply_add = multiply_add
     for name in names or CASES:
         start = time.perf_counter()
         params = plgpu.InterpretGPUParams(detect_races=name in RACES)

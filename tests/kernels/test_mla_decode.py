@@ -1,8 +1,14 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mla_decode
+from pallas_kernels.mla_decode import mosaic, shapes
 from tests.kernels import helpers
 
 BATCH, TOKENS, HEADS, ENTRIES, LATENT, ROPE = 4, 2, 3, 13, 10, 6
@@ -56,7 +62,7 @@ def test_two_runs_give_the_same_bits():
         (dict(lengths=jnp.zeros(3, int)), "batch is 2 in q_BTHU"),
         (dict(lengths=jnp.zeros(2)), "expected an integer dtype"),
         (dict(value_dim=10), "value_dim is 10, expected 1 to 9"),
-        (dict(implementation="mosaik"), "choose None or one of 'reference'"),
+        (dict(implementation="mosaik"), "choose None or one of 'reference', 'mosaic'"),
     ],
 )
 def test_refuses(change, message):
@@ -71,3 +77,103 @@ def test_refuses(change, message):
             value_dim=args["value_dim"],
             implementation=args["implementation"],
         )
+
+
+mosaic_decode = functools.partial(mla_decode, scale=SCALE, implementation="mosaic")
+
+
+def spec(*dims, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return helpers.interpret("decode few heads", "decode two row tiles")
+
+
+def assert_exact_enough(result):
+    assert result["out"] <= 1.3 * result["reference"] <= 1e-2
+    assert result["before"] == 0
+
+
+@pytest.mark.parametrize("case", ["few heads", "two row tiles"])
+def test_mosaic_equals_exact_attention(interpreted, case):
+    assert_exact_enough(interpreted[f"decode {case}"])
+
+
+@pytest.mark.slow
+def test_mosaic_equals_exact_attention_in_more_cases():
+    results = helpers.interpret("decode three tokens", "decode 64 heads")
+    assert len(results) == 2
+    for result in results.values():
+        assert_exact_enough(result)
+
+
+def test_mosaic_has_no_races(interpreted):
+    assert interpreted["decode two row tiles"]["races"] is False
+
+
+@pytest.mark.parametrize("shape", [*shapes.PRODUCTION, shapes.LONG])
+def test_mosaic_lowers_for_cuda(shape):
+    batch, tokens, heads, entries, latent, rope = shape
+    args = (
+        spec(batch, tokens, heads, latent + rope),
+        spec(batch, entries, latent + rope),
+        spec(batch, dtype="int32"),
+    )
+    run = functools.partial(mosaic_decode, value_dim=latent)
+    text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        (spec(2, 1, 4, 128), spec(2, 128, 128), spec(2, dtype="int32")),
+        (spec(4, 1, 8, 128), spec(4, 128, 128), spec(4, dtype="int32")),
+    ],
+)
+def test_mosaic_lowers_inside_shard_map(operands):
+    """With types checked, cut by heads over a shared cache and by sequences."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    heads = P(None, None, "data")
+    specs = (heads, P(), P()) if operands[0].shape[0] == 2 else (P("data"),) * 3
+    run = functools.partial(mosaic_decode, value_dim=64)
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    lowered = jax.jit(split).trace(*operands).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    "dtype, entries, width, value_dim",
+    [
+        ("float32", 64, 128, 64),
+        ("bfloat16", 72, 128, 64),
+        ("bfloat16", 64, 96, 64),
+        ("bfloat16", 64, 128, 32),
+        ("bfloat16", 64, 640, 512),
+        ("bfloat16", 64, 576, 576),
+    ],
+)
+def test_mosaic_never_falls_back(dtype, entries, width, value_dim):
+    q, cache = jnp.zeros((2, 1, 3, width), dtype), jnp.zeros((2, entries, width), dtype)
+    with pytest.raises(ValueError, match=f"got {dtype}, {value_dim}, {width} and {entries}"):
+        mosaic_decode(q, cache, jnp.ones(2, int), value_dim=value_dim)
+
+
+def test_mosaic_refuses_to_be_differentiated():
+    def loss(q, cache, lengths):
+        return jnp.sum(mosaic_decode(q, cache, lengths, value_dim=64))
+
+    args = spec(2, 1, 3, 128), spec(2, 64, 128), spec(2, dtype="int32")
+    with pytest.raises(ValueError, match="has no gradient; choose 'reference'"):
+        jax.eval_shape(jax.grad(loss), *args)
+
+
+@pytest.mark.parametrize("shape", [*shapes.PRODUCTION, shapes.LONG])
+def test_splits_of_production_shapes_fill_whole_waves(shape):
+    batch, tokens, heads, entries, latent, rope = shape
+    cut = mosaic.plan((batch, tokens, heads, latent + rope), entries, latent, 2)
+    ctas = batch * -(-tokens * heads // 64) * -(-entries // cut.split)
+    assert ctas / (-(-ctas // 132) * 132) > 0.95
+    assert cut.stages == 2

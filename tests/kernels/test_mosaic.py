@@ -1,11 +1,6 @@
 """The Hopper kernels where there is no GPU: interpreted, and lowered for CUDA."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +12,14 @@ from pallas_kernels import gather_rows, grouped_gemm, scatter_add
 from pallas_kernels.gather_combine import shapes as gather_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
+from tests.kernels.helpers import interpret
 
-ROOT = Path(__file__).parents[2]
 BF16_ROUNDING = 3e-3
 MINI = (grouped_shapes.Shape(65536, 2048, 2048, 32), grouped_shapes.Shape(65536, 1024, 2048, 32))
 
 
 QUICK = ("uneven", "unaligned")
 SLOW = ("no rows", "whole steps")
-
-
-def interpret(*cases):
-    """Results of tests/kernels/interpreted.py by case."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted", *cases],
-        cwd=ROOT,
-        env=os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    return {result["case"]: result for result in results}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,356 @@
+"""Absorbed MLA decode for Hopper: each cache tile is read once and used as keys and as values.
+
+A CTA owns up to 64 rows (a row is a head of a query token) and one split of a sequence's cache. One
+warpgroup loads, one computes the scores, their softmax and the left half of the value columns, one
+the right half: 64 x 512 sums don't fit into the registers of one. Splits are a function of shapes
+only, and XLA joins them in fixed order. That the latent serves both products from one tile in
+shared memory, and the halves, are ideas of FlashMLA (github.com/deepseek-ai/FlashMLA).
+
+B batch, T new tokens, H heads, R rows (T * H, padded), S cache entries, U cache width, C latent
+width, N splits of the cache.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _common, _mosaic
+
+TILE = 64  # rows of a CTA, and cache entries of a step
+SCORER, HELPER, LOADER = range(3)  # the warpgroups
+# 24 + 2 * 240 registers a thread: what an SM has for 3 * 128 threads.
+LOADER_REGISTERS, COMPUTE_REGISTERS = 24, 240
+MAX_STAGES = 4
+SHARED_MEMORY = 232448 - 2048  # bytes of a CTA, less the small buffers and barriers
+MIN_SPLIT, MAX_SPLIT = 256, 4096  # cache entries
+LOWEST = -1e30  # below any score, yet finite: a row may see nothing of its split
+LOG2_E = math.log2(math.e)
+
+
+class Plan(NamedTuple):
+    """How one call is cut up; a function of shapes only."""
+
+    tokens: int
+    heads: int
+    value_dim: int
+    split: int  # cache entries of a split, a multiple of TILE
+    stages: int
+    pair: int  # CTAs that share a cache tile: two row tiles of a sequence, if their number is even
+
+    @property
+    def left(self) -> int:
+        """Value columns of the scoring warpgroup; the helper has the others."""
+        return self.value_dim // 2 // 64 * 64
+
+
+class Buffers(NamedTuple):
+    """Shared memory: queries, cache tiles by stage, weights of a step and the factor by which they
+    rescale the sums before; barriers."""
+
+    q: Any
+    cache: Any
+    weights: Any
+    factor: Any
+    q_full: Any
+    full: Any
+    empty: Any
+    weights_full: Any
+    weights_empty: Any
+
+
+class Work(NamedTuple):
+    """The CTA's part: rows [row, row + TILE) of sequence `batch`, `steps` tiles of `split`."""
+
+    batch: jax.Array
+    row: jax.Array
+    split: jax.Array
+    length: jax.Array
+    first: jax.Array
+    steps: jax.Array
+
+
+def _buffer_types(plan: Plan, width: int, dtype: Any) -> Buffers:
+    tiled = _mosaic.tiled(dtype)
+    return Buffers(
+        q=plgpu.SMEM((TILE, width), dtype, transforms=tiled),
+        cache=plgpu.SMEM((plan.stages, TILE, width), dtype, transforms=tiled),
+        weights=plgpu.SMEM((TILE, TILE), dtype, transforms=tiled),
+        factor=plgpu.SMEM((TILE,), jnp.float32),
+        q_full=plgpu.Barrier(),
+        full=plgpu.Barrier(num_barriers=plan.stages),
+        # Released by both warpgroups of all CTAs that a tile is loaded into.
+        empty=plgpu.ClusterBarrier(
+            collective_axes=("pair",), num_arrivals=2, num_barriers=plan.stages
+        ),
+        weights_full=plgpu.Barrier(),
+        weights_empty=plgpu.Barrier(),
+    )
+
+
+def _load(work: Work, q: Any, cache: Any, buffers: Buffers, plan: Plan) -> None:
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    plgpu.copy_gmem_to_smem(q.at[work.batch, pl.ds(work.row, TILE)], buffers.q, buffers.q_full)
+
+    def load_step(i: jax.Array, _: None) -> None:
+        slot = lax.rem(i, jnp.int32(plan.stages))
+        pl.when(i >= plan.stages)(lambda: plgpu.barrier_wait(buffers.empty.at[slot]))
+        entries = pl.ds(pl.multiple_of(work.first + i * TILE, TILE), TILE)
+        plgpu.copy_gmem_to_smem(
+            cache.at[work.batch, entries],
+            buffers.cache.at[slot],
+            buffers.full.at[slot],
+            collective_axes=("pair",),
+        )
+
+    lax.fori_loop(0, work.steps, load_step, None)
+
+    def drain(i: jax.Array, _: None) -> None:
+        plgpu.barrier_wait(buffers.empty.at[lax.rem(i, jnp.int32(plan.stages))])
+
+    lax.fori_loop(jnp.maximum(work.steps - plan.stages, 0), work.steps, drain, None)
+
+
+def _clear_past_end(work: Work, i: jax.Array, tile: Any, columns: range) -> None:
+    """Zeros the values of entries that don't exist: their weight is 0, and 0 * NaN is NaN."""
+    valid = work.length - work.first - i * TILE
+
+    @pl.when(valid < TILE)
+    def _() -> None:
+        entry = plgpu.broadcasted_iota(jnp.int32, (TILE, 64), 0, layout=plgpu.Layout.WGMMA)
+        for column in columns[::64]:
+            part = tile.at[:, pl.ds(column, 64)]
+            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(entry < valid, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def _rescaled(sums: jax.Array, factor: jax.Array) -> jax.Array:
+    return sums * lax.broadcast_in_dim(factor, sums.shape, [0])
+
+
+def _zeros(work: Work, columns: int) -> jax.Array:
+    # Of the lengths' type: under shard_map they vary over its axes, and so must a loop's carry.
+    zeros = jnp.full((TILE, columns), work.length * 0, jnp.float32)
+    return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+
+def _last_seen(work: Work, plan: Plan) -> jax.Array:
+    """The last entry that each row sees."""
+    row = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
+    token = lax.div(row + work.row, jnp.full_like(row, plan.heads))
+    return work.length - plan.tokens + jnp.minimum(token, plan.tokens - 1)
+
+
+def _score(work: Work, out: Any, stats: Any, buffers: Buffers, *, plan: Plan, scale: float) -> None:
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    dtype, layout = buffers.q.dtype, plgpu.Layout.WGMMA
+    plgpu.barrier_wait(buffers.q_full)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        sums, top, total = carry
+        slot = lax.rem(i, jnp.int32(plan.stages))
+        tile = buffers.cache.at[slot]
+        plgpu.barrier_wait(buffers.full.at[slot])
+
+        def multiply(acc: Any) -> jax.Array:
+            plgpu.wgmma(acc, buffers.q, tile.transpose((1, 0)))
+            return acc[...]
+
+        scores = pl.run_scoped(multiply, plgpu.ACC((TILE, TILE), jnp.float32))
+        scores = scores * (scale * LOG2_E)
+        entry = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=layout)
+        seen = entry + (work.first + i * TILE) <= _last_seen(work, plan)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        factor = jnp.exp2(top - new_top)
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+        total = total * factor + weights.sum(axis=1)
+        weights = weights.astype(dtype)
+
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(buffers.weights_empty))
+        buffers.weights[...] = weights
+        buffers.factor[...] = factor
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(buffers.weights_full)
+
+        if plan.left:
+            _clear_past_end(work, i, tile, range(plan.left))
+            values = tile.at[:, pl.ds(0, plan.left)]
+            sums = _mosaic.multiply_add(_rescaled(sums, factor), weights, values)
+        plgpu.barrier_arrive(buffers.empty.at[slot])
+        return sums, new_top, total
+
+    def rows(value: float) -> jax.Array:
+        full = jnp.full((TILE,), value + (work.length * 0).astype(jnp.float32))
+        return plgpu.layout_cast(full, layout.reduce(1))
+
+    carry = _zeros(work, max(plan.left, 64)), rows(LOWEST), rows(0.0)
+    sums, top, total = lax.fori_loop(0, work.steps, step, carry)
+    plgpu.barrier_wait(buffers.weights_empty)
+    where = work.batch, work.split
+    stats[*where, 0, pl.ds(work.row, TILE)] = top
+    stats[*where, 1, pl.ds(work.row, TILE)] = total
+    if plan.left:
+        out[*where, pl.ds(work.row, TILE), pl.ds(0, plan.left)] = sums
+
+
+def _help(work: Work, out: Any, buffers: Buffers, plan: Plan) -> None:
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    columns = pl.ds(plan.left, plan.value_dim - plan.left)
+
+    def step(i: jax.Array, sums: jax.Array) -> jax.Array:
+        slot = lax.rem(i, jnp.int32(plan.stages))
+        tile = buffers.cache.at[slot]
+        plgpu.barrier_wait(buffers.full.at[slot])
+        plgpu.barrier_wait(buffers.weights_full)
+        _clear_past_end(work, i, tile, range(plan.left, plan.value_dim))
+        factor = plgpu.load(buffers.factor, layout=plgpu.Layout.WGMMA.reduce(1))
+        sums = _rescaled(sums, factor)
+        sums = _mosaic.multiply_add(sums, buffers.weights, tile.at[:, columns])
+        plgpu.barrier_arrive(buffers.weights_empty)
+        plgpu.barrier_arrive(buffers.empty.at[slot])
+        return sums
+
+    sums = lax.fori_loop(0, work.steps, step, _zeros(work, columns.size))
+    out[work.batch, work.split, pl.ds(work.row, TILE), columns] = sums
+
+
+def _kernel(
+    lengths: Any,
+    q: Any,
+    cache: Any,
+    out: Any,
+    stats: Any,
+    buffers: Buffers,
+    *,
+    plan: Plan,
+    scale: float,
+) -> None:
+    batch, split, warpgroup = (lax.axis_index(a) for a in ("batch", "split", "warpgroup"))
+    row_tile = lax.axis_index("rows") * plan.pair + lax.axis_index("pair")
+    length, first = lengths[batch], split * plan.split
+    tiles = lax.div(length - first + (TILE - 1), jnp.int32(TILE))
+    work = Work(
+        batch=batch,
+        row=pl.multiple_of(row_tile * TILE, TILE),
+        split=split,
+        length=length,
+        first=first,
+        steps=jnp.clip(tiles, 0, plan.split // TILE),
+    )
+
+    @pl.when(work.steps > 0)
+    def _() -> None:
+        lax.cond(
+            warpgroup == LOADER,
+            lambda: _load(work, q, cache, buffers, plan),
+            lambda: lax.cond(
+                warpgroup == SCORER,
+                lambda: _score(work, out, stats, buffers, plan=plan, scale=scale),
+                lambda: _help(work, out, buffers, plan),
+            ),
+        )
+
+
+def _join(
+    out_BNRC: jax.Array, stats_BN2R: jax.Array, lengths_B: jax.Array, split: int
+) -> jax.Array:
+    """Adds the splits, each relative to its own top score -> [B, R, C]."""
+    start_N = jnp.arange(out_BNRC.shape[1], dtype=lengths_B.dtype) * split
+    used_BN1 = (start_N[None] < lengths_B[:, None])[:, :, None]
+    # What lies past the length was never written.
+    top_BNR = jnp.where(used_BN1, stats_BN2R[:, :, 0], LOWEST)
+    weight_BNR = jnp.exp2(top_BNR - top_BNR.max(axis=1, keepdims=True))
+    total_BR = jnp.sum(jnp.where(used_BN1, weight_BNR * stats_BN2R[:, :, 1], 0), axis=1)
+    sums_BNRC = jnp.where(used_BN1[..., None], out_BNRC * weight_BNR[..., None], 0)
+    return sums_BNRC.sum(axis=1) / jnp.where(total_BR == 0, 1, total_BR)[..., None]
+
+
+def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) -> Plan:
+    """How to cut up a call: about one split per SM, and none longer than MAX_SPLIT."""
+    batch, tokens, heads, width = q_shape
+    row_tiles = -(-tokens * heads // TILE)
+    splits = min(max(_mosaic.HOPPER_SMS // (batch * row_tiles), 1), -(-entries // MIN_SPLIT))
+    splits = max(splits, -(-entries // MAX_SPLIT))
+    tile_bytes, weights_bytes = TILE * width * itemsize, TILE * TILE * itemsize
+    stages = (SHARED_MEMORY - tile_bytes - weights_bytes) // tile_bytes
+    return Plan(
+        tokens=tokens,
+        heads=heads,
+        value_dim=value_dim,
+        split=-(-entries // (splits * TILE)) * TILE,
+        stages=min(stages, MAX_STAGES),
+        pair=2 if row_tiles % 2 == 0 else 1,
+    )
+
+
+def attend(
+    q_BTHU: jax.Array, cache_BSU: jax.Array, lengths_B: jax.Array, *, scale: float, cut: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """The splits' sums [B, N, R, C], and their top scores and totals [B, N, 2, R], in float32.
+
+    What belongs to a split past the row's length is not written.
+    """
+    batch, tokens, heads, width = q_BTHU.shape
+    rows = -(-tokens * heads // TILE) * TILE
+    q_BRU = q_BTHU.reshape(batch, tokens * heads, width)
+    q_BRU = jnp.pad(q_BRU, ((0, 0), (0, rows - tokens * heads), (0, 0)))
+    splits = -(-cache_BSU.shape[1] // cut.split)
+    operands = lengths_B, q_BRU, cache_BSU
+    parts = plgpu.kernel(
+        functools.partial(_kernel, plan=cut, scale=scale),
+        out_type=(
+            jax.ShapeDtypeStruct((batch, splits, rows, cut.value_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, splits, 2, rows), jnp.float32),
+        ),
+        scratch_types=(_buffer_types(cut, width, q_BTHU.dtype),),
+        grid=(rows // TILE // cut.pair, batch, splits),
+        grid_names=("rows", "batch", "split"),
+        cluster=(cut.pair,),
+        cluster_names=("pair",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
+    )(*operands)
+    axes = _common.varying_axes(*operands)
+    return tuple(_common.vary(part, axes) for part in parts)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _mla_decode(
+    q_BTHU: jax.Array,
+    cache_BSU: jax.Array,
+    lengths_B: jax.Array,
+    scale: float,
+    value_dim: int,
+) -> jax.Array:
+    batch, tokens, heads, _ = q_BTHU.shape
+    cut = plan(q_BTHU.shape, cache_BSU.shape[1], value_dim, q_BTHU.dtype.itemsize)
+    parts = attend(q_BTHU, cache_BSU, lengths_B, scale=scale, cut=cut)
+    out_BRC = _join(*parts, lengths_B, cut.split)[:, : tokens * heads]
+    return out_BRC.reshape(batch, tokens, heads, value_dim).astype(q_BTHU.dtype)
+
+
+@_mla_decode.defjvp
+def _no_gradient(*_: Any) -> None:
+    raise ValueError(
+        "mla_decode: implementation=\"mosaic\" has no gradient; choose 'reference' to differentiate"
+    )
+
+
+def mla_decode(
+    q_BTHU: jax.Array,
+    cache_BSU: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    scale: float,
+    value_dim: int,
+) -> jax.Array:
+    """The public operator, arguments already checked."""
+    return _mla_decode(q_BTHU, cache_BSU, lengths_B.astype(jnp.int32), scale, value_dim)
