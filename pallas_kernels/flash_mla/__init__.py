@@ -1,8 +1,8 @@
 """Causal attention of MLA in training and prefill: keys wider than values, one rope key shared by
 all heads.
 
-B batch, T tokens (queries), S keys (S == T), H heads, Q query and key width, V value width, P rope
-width.
+B batch, T tokens (queries), S keys (S == T but for `q_offset`), H heads, Q query and key width, V
+value width, P rope width.
 """
 
 import jax
@@ -21,19 +21,22 @@ def flash_mla(
     scale: float,
     segment_ids: jax.Array | None = None,
     k_rope: jax.Array | None = None,
+    q_offset: jax.Array | int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """softmax(scale * q k^T) v over the keys s <= t of the same segment; softmax in float32 at
-    least.
+    """softmax(scale * q k^T) v over the keys s <= q_offset + t of the same segment; softmax in
+    float32 at least.
 
     Args:
       q_BTHQ: queries.
       k_BSHQ: keys; with `k_rope` the part without rope only, P narrower than the queries.
       v_BSHV: values.
       scale: factor of the scores, before the softmax.
-      segment_ids: [B, T] integers; a query sees the keys of its own id only. None: one segment.
+      segment_ids: [B, S] integers; a query sees the keys of its own id only. None: one segment.
       k_rope: [B, S, P], the key part shared by all heads; it meets the last P columns of the
         queries.
+      q_offset: place of the first query among the keys, 0 <= q_offset <= S - T, one integer for all
+        rows, traced or not (not checked); queries stand at the next T places. None: T == S.
       implementation: None for the platform's best, or "reference".
 
     Returns:
@@ -54,11 +57,13 @@ def flash_mla(
             f"{name}: k_rope is {k_rope.shape}, k_BSHQ {k_BSHQ.shape}",
         )
         key_width += k_rope.shape[2]
+    (B, T, H, _), S = q_BTHQ.shape, k_BSHQ.shape[1]
     _common.require(
-        q_BTHQ.shape[:3] == k_BSHQ.shape[:3] == v_BSHV.shape[:3],
+        k_BSHQ.shape[:3] == v_BSHV.shape[:3] == (B, S, H) and (T == S or q_offset is not None),
         f"{name}: q_BTHQ {q_BTHQ.shape}, k_BSHQ {k_BSHQ.shape} and v_BSHV {v_BSHV.shape} must "
-        "agree in batch, tokens and heads",
+        "agree in batch, tokens and heads (with q_offset there may be more keys than queries)",
     )
+    _common.require(T <= S, f"{name}: {T} queries, {S} keys: must be at most as many")
     _common.require(
         q_BTHQ.shape[3] == key_width,
         f"{name}: queries are {q_BTHQ.shape[3]} wide, keys (with k_rope) {key_width}",
@@ -66,8 +71,16 @@ def flash_mla(
     if segment_ids is not None:
         _common.require_integer(name, segment_ids=segment_ids)
         _common.require(
-            segment_ids.shape == q_BTHQ.shape[:2],
-            f"{name}: segment_ids is {segment_ids.shape}, expected {q_BTHQ.shape[:2]}",
+            segment_ids.shape == (B, S),
+            f"{name}: segment_ids is {segment_ids.shape}, expected {(B, S)}",
         )
     run = _common.choose(name, implementation, _IMPLEMENTATIONS)
-    return run(q_BTHQ, k_BSHQ, v_BSHV, scale=scale, segment_ids=segment_ids, k_rope=k_rope)
+    return run(
+        q_BTHQ,
+        k_BSHQ,
+        v_BSHV,
+        scale=scale,
+        segment_ids=segment_ids,
+        k_rope=k_rope,
+        q_offset=q_offset,
+    )

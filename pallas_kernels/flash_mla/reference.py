@@ -52,19 +52,22 @@ def flash_mla(
     scale: float,
     segment_ids: jax.Array | None,
     k_rope: jax.Array | None,
+    q_offset: jax.Array | int | None,
 ) -> jax.Array:
     """The public operator, arguments already checked."""
-    num_tokens = q_BTHQ.shape[1]
-    position_T = jnp.arange(num_tokens)
+    num_tokens, num_keys = q_BTHQ.shape[1], k_BSHQ.shape[1]
     if segment_ids is None:
-        segment_ids = jnp.zeros((1, num_tokens), jnp.int32)
+        segment_ids = jnp.zeros((1, num_keys), jnp.int32)
+    offset = jnp.asarray(0 if q_offset is None else q_offset, jnp.int32)
+    place_T = offset + jnp.arange(num_tokens, dtype=jnp.int32)
+    segment_BT = lax.dynamic_slice_in_dim(segment_ids, offset, num_tokens, axis=1)
 
-    def mask(position_C: jax.Array, segment_BC: jax.Array) -> jax.Array:
-        causal_CS = position_T[None, :] <= position_C[:, None]
+    def mask(place_C: jax.Array, segment_BC: jax.Array) -> jax.Array:
+        causal_CS = jnp.arange(num_keys, dtype=jnp.int32)[None, :] <= place_C[:, None]
         return causal_CS[None] & (segment_BC[:, :, None] == segment_ids[:, None, :])
 
     if num_tokens <= WHOLE_UP_TO:
-        mask_BTS = mask(position_T, segment_ids)
+        mask_BTS = mask(place_T, segment_BT)
         return _attend(q_BTHQ, k_BSHQ, v_BSHV, k_rope, mask_BTS, scale=scale)
 
     # Every chunk adds to the gradients of all keys: the loop sums them in the dtype of what it
@@ -74,12 +77,12 @@ def flash_mla(
 
     @jax.checkpoint
     def attend_chunk(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q_BCHQ, position_C, segment_BC = chunk
+        q_BCHQ, place_C, segment_BC = chunk
         keys = jax.tree.map(lambda x: x.astype(q_BTHQ.dtype), keys_wide)
-        return _attend(q_BCHQ, *keys, mask(position_C, segment_BC), scale=scale)
+        return _attend(q_BCHQ, *keys, mask(place_C, segment_BC), scale=scale)
 
     num_chunks = -(-num_tokens // CHUNK)
-    # Padding queries repeat the last one's position, so that they too have a key.
+    # Padding queries repeat the last one's place, so that they too have a key.
     row_T = jnp.minimum(jnp.arange(num_chunks * CHUNK), num_tokens - 1)
     padding = num_chunks * CHUNK - num_tokens
     q_padded = jnp.pad(q_BTHQ, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -89,7 +92,7 @@ def flash_mla(
 
     out = lax.map(
         attend_chunk,
-        (chunks(q_padded), row_T.reshape(num_chunks, CHUNK), chunks(segment_ids[:, row_T])),
+        (chunks(q_padded), place_T[row_T].reshape(num_chunks, CHUNK), chunks(segment_BT[:, row_T])),
     )
     out_BTHV = jnp.moveaxis(out, 0, 1).reshape(*q_padded.shape[:3], v_BSHV.shape[3])
     return out_BTHV[:, :num_tokens]

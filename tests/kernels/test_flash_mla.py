@@ -103,6 +103,33 @@ def test_long_sequences_never_hold_all_scores():
     assert memory.temp_size_in_bytes < 2 * tokens * tokens * 4
 
 
+@pytest.mark.parametrize("chunk", [8, 256])
+def test_queries_with_an_offset_are_rows_of_the_whole(monkeypatch, chunk):
+    """Queries 6 to 16 of 29, value and gradients."""
+    monkeypatch.setattr(reference, "WHOLE_UP_TO", chunk)
+    monkeypatch.setattr(reference, "CHUNK", chunk)
+    first, count = 6, 11
+    with helpers.strict_types():
+        (q, *keys), segments, dout = operands(29, "float64")
+        rows = slice(first, first + count)
+        part = jnp.zeros_like(dout).at[:, rows].set(dout[:, rows])
+        whole = value_and_gradients((q, *keys), segments, part)
+
+        @jax.jit
+        def gradients(arrays, offset):
+            def attend(q, k, v, rope):
+                extra = {"segment_ids": segments, "k_rope": rope, "q_offset": offset}
+                return flash_mla(q, k, v, scale=SCALE, **extra)
+
+            out, vjp = jax.vjp(attend, *arrays)
+            return out, *vjp(dout[:, rows])
+
+        got = gradients((q[:, rows], *keys), first)
+        wanted = whole[0][:, rows], whole[1][:, rows], *whole[2:]
+        for a, b in zip(got, wanted, strict=True):
+            assert helpers.relative_error(a, b) <= 1e-14
+
+
 def test_without_rope_and_segments():
     (q, k, v, _), _, _ = operands(11, "float32")
     whole = flash_mla(q[..., :NOPE], k, v, scale=SCALE)
@@ -126,6 +153,8 @@ def test_no_float_scatter():
     [
         (dict(k=jnp.zeros((2, 5, 3, 8))), "queries are 9 wide, keys"),
         (dict(v=jnp.zeros((2, 4, 3, 7))), "must agree in batch, tokens and heads"),
+        (dict(q=jnp.zeros((2, 4, 3, 9))), "must agree in batch, tokens and heads"),
+        (dict(q=jnp.zeros((2, 6, 3, 9)), q_offset=0), "6 queries, 5 keys"),
         (dict(rope=jnp.zeros((2, 4, 4))), "k_rope is"),
         (dict(rope=jnp.zeros((2, 5, 3))), "queries are 9 wide, keys .with k_rope. 12"),
         (dict(segments=jnp.zeros((2, 6), int)), "segment_ids is"),
@@ -135,7 +164,7 @@ def test_no_float_scatter():
 )
 def test_refuses(change, message):
     args = dict(q=jnp.zeros((2, 5, 3, 9)), k=jnp.zeros((2, 5, 3, 9)), v=jnp.zeros((2, 5, 3, 7)))
-    args |= dict(rope=None, segments=None, implementation=None) | change
+    args |= dict(rope=None, segments=None, q_offset=None, implementation=None) | change
     with pytest.raises(ValueError, match=message):
         flash_mla(
             args["q"],
@@ -144,5 +173,6 @@ def test_refuses(change, message):
             scale=SCALE,
             segment_ids=args["segments"],
             k_rope=args["rope"],
+            q_offset=args["q_offset"],
             implementation=args["implementation"],
         )
