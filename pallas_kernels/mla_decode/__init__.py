@@ -1,9 +1,11 @@
 """Absorbed MLA attention of a few new tokens over a latent cache.
 
-B batch, T new tokens (1 to a few), S cache entries, H heads, U cache width (latent and rope), C
-latent width.
+B batch, T new tokens (1 to a few), S cache entries, P pages of a row, H heads, U cache width
+(latent and rope), C latent width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +47,19 @@ _IMPLEMENTATIONS = {
 }
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _inference_only(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    return run(*operands)
+
+
+@_inference_only.defjvp
+def _refuse(*_: Any) -> None:
+    raise ValueError(
+        "mla_decode: only implementation='reference' over a cache without block tables has a "
+        "gradient"
+    )
+
+
 def mla_decode(
     q_BTHU: jax.Array,
     cache_BSU: jax.Array,
@@ -52,6 +67,7 @@ def mla_decode(
     *,
     scale: float,
     value_dim: int,
+    block_tables_BP: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(scale * q cache^T) cache[:, :, :value_dim]; softmax in float32 at least.
@@ -63,13 +79,16 @@ def mla_decode(
     Args:
       q_BTHU: queries with the key up-projection folded in: latent part first, rope part last.
       cache_BSU: normed, scaled latent and rotated rope key of every token; what lies past the
-        length is not used, NaN included.
+        length is not used, NaN included. With block tables, pages of entries [pages, entries of a
+        page, U].
       lengths_B: integer number of valid entries per row, at most S.
       scale: factor of the scores, before the softmax.
       value_dim: width C of the latent, the first columns of the cache, which are the values.
-      implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes, widths and S that are
-        multiples of 64, C up to 512 and U up to 576, which has no gradient; None for "mosaic" where
-        it runs and "reference" elsewhere.
+      block_tables_BP: integer; block_tables[b, i] is the page that holds row b's entries from
+        i * (entries of a page) on. What belongs to entries past the length is not used.
+      implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes, widths and S (or entries of a
+        page) that are multiples of 64, C up to 512 and U up to 576; None for "mosaic" where it runs
+        and "reference" elsewhere. Only the reference without block tables has a gradient.
 
     Returns:
       [B, T, H, value_dim] in the dtype of q; the value up-projection is the caller's.
@@ -78,14 +97,21 @@ def mla_decode(
       ValueError: shapes or dtypes don't fit, or the implementation is not available.
     """
     name = "mla_decode"
+    tables = () if block_tables_BP is None else (block_tables_BP,)
     _common.require_rank(name, 4, q_BTHU=q_BTHU)
     _common.require_rank(name, 3, cache_BSU=cache_BSU)
     _common.require_rank(name, 1, lengths_B=lengths_B)
     _common.require_float(name, q_BTHU=q_BTHU, cache_BSU=cache_BSU)
     _common.require_integer(name, lengths_B=lengths_B)
+    for table in tables:
+        _common.require_rank(name, 2, block_tables_BP=table)
+        _common.require_integer(name, block_tables_BP=table)
+    # With block tables the cache has no batch of its own, the table has.
+    owner = "block_tables_BP" if tables else "cache_BSU"
+    batch = (*tables, cache_BSU)[0].shape[0]
     _common.require(
-        q_BTHU.shape[0] == cache_BSU.shape[0] == lengths_B.shape[0],
-        f"{name}: batch is {q_BTHU.shape[0]} in q_BTHU, {cache_BSU.shape[0]} in cache_BSU, "
+        q_BTHU.shape[0] == batch == lengths_B.shape[0],
+        f"{name}: batch is {q_BTHU.shape[0]} in q_BTHU, {batch} in {owner}, "
         f"{lengths_B.shape[0]} in lengths_B",
     )
     _common.require(
@@ -97,5 +123,8 @@ def mla_decode(
         f"{name}: value_dim is {value_dim}, expected 1 to {cache_BSU.shape[2]}",
     )
     run = _common.choose(name, implementation, _IMPLEMENTATIONS, cache_BSU, value_dim)
-    operands = _common.vary_together(q_BTHU, cache_BSU, lengths_B)
-    return run(*operands, scale=scale, value_dim=value_dim)
+    run = functools.partial(run, scale=scale, value_dim=value_dim)
+    operands = _common.vary_together(q_BTHU, cache_BSU, lengths_B, *tables)
+    if tables or run.func is _mosaic:
+        return _inference_only(run, *operands)
+    return run(*operands)

@@ -7,7 +7,7 @@ only, and XLA joins them in fixed order. That the latent serves both products fr
 shared memory, and the halves, are ideas of FlashMLA (github.com/deepseek-ai/FlashMLA).
 
 B batch, T new tokens, H heads, R rows (T * H, padded), S cache entries, U cache width, C latent
-width, N splits of the cache.
+width, N splits of the cache, P pages of a row.
 """
 
 import functools
@@ -47,6 +47,27 @@ class Plan(NamedTuple):
     def left(self) -> int:
         """Value columns of the scoring warpgroup; the helper has the others."""
         return self.value_dim // 2 // 64 * 64
+
+
+class Cache(NamedTuple):
+    """Entries [B, S, U]; or pages of entries, and which page holds each row's next ones."""
+
+    entries: Any
+    lengths_B: Any
+    tables_BP: Any = None
+
+    @property
+    def capacity(self) -> int:
+        """Entries that a row may have."""
+        entries = self.entries.shape[1]
+        return entries if self.tables_BP is None else entries * self.tables_BP.shape[1]
+
+    def page(self, row: jax.Array, entry: jax.Array) -> jax.Array:
+        """First index of a row's entry, which may be past the capacity."""
+        if self.tables_BP is None:
+            return row
+        page = lax.div(entry, jnp.int32(self.entries.shape[1]))
+        return self.tables_BP[row, jnp.minimum(page, self.tables_BP.shape[1] - 1)]
 
 
 class Buffers(NamedTuple):
@@ -93,22 +114,26 @@ def _buffer_types(plan: Plan, width: int, dtype: Any) -> Buffers:
     )
 
 
-def _load(work: Work, q: Any, cache: Any, buffers: Buffers, plan: Plan) -> None:
+def _load(work: Work, cache: Cache, q: Any, buffers: Buffers, plan: Plan) -> None:
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     plgpu.copy_gmem_to_smem(q.at[work.batch, pl.ds(work.row, TILE)], buffers.q, buffers.q_full)
+    page_entries = jnp.int32(cache.entries.shape[1])
 
-    def load_step(i: jax.Array, _: None) -> None:
+    def load_step(i: jax.Array, page: jax.Array) -> jax.Array:
+        entry = work.first + i * TILE
+        next_page = cache.page(work.batch, entry + TILE)  # on its way while this step waits
         slot = lax.rem(i, jnp.int32(plan.stages))
         pl.when(i >= plan.stages)(lambda: plgpu.barrier_wait(buffers.empty.at[slot]))
-        entries = pl.ds(pl.multiple_of(work.first + i * TILE, TILE), TILE)
+        start = pl.multiple_of(lax.rem(entry, page_entries), TILE)
         plgpu.copy_gmem_to_smem(
-            cache.at[work.batch, entries],
+            cache.entries.at[page, pl.ds(start, TILE)],
             buffers.cache.at[slot],
             buffers.full.at[slot],
             collective_axes=("pair",),
         )
+        return next_page
 
-    lax.fori_loop(0, work.steps, load_step, None)
+    lax.fori_loop(0, work.steps, load_step, cache.page(work.batch, work.first))
 
     def drain(i: jax.Array, _: None) -> None:
         plgpu.barrier_wait(buffers.empty.at[lax.rem(i, jnp.int32(plan.stages))])
@@ -222,19 +247,11 @@ def _help(work: Work, out: Any, buffers: Buffers, plan: Plan) -> None:
 
 
 def _kernel(
-    lengths: Any,
-    q: Any,
-    cache: Any,
-    out: Any,
-    stats: Any,
-    buffers: Buffers,
-    *,
-    plan: Plan,
-    scale: float,
+    cache: Cache, q: Any, out: Any, stats: Any, buffers: Buffers, *, plan: Plan, scale: float
 ) -> None:
     batch, split, warpgroup = (lax.axis_index(a) for a in ("batch", "split", "warpgroup"))
     row_tile = lax.axis_index("rows") * plan.pair + lax.axis_index("pair")
-    length, first = lengths[batch], split * plan.split
+    length, first = cache.lengths_B[batch], split * plan.split
     tiles = lax.div(length - first + (TILE - 1), jnp.int32(TILE))
     work = Work(
         batch=batch,
@@ -249,7 +266,7 @@ def _kernel(
     def _() -> None:
         lax.cond(
             warpgroup == LOADER,
-            lambda: _load(work, q, cache, buffers, plan),
+            lambda: _load(work, cache, q, buffers, plan),
             lambda: lax.cond(
                 warpgroup == SCORER,
                 lambda: _score(work, out, stats, buffers, plan=plan, scale=scale),
@@ -291,7 +308,7 @@ def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) 
 
 
 def attend(
-    q_BTHU: jax.Array, cache_BSU: jax.Array, lengths_B: jax.Array, *, scale: float, cut: Plan
+    q_BTHU: jax.Array, cache: Cache, *, scale: float, cut: Plan
 ) -> tuple[jax.Array, jax.Array]:
     """The splits' sums [B, N, R, C], and their top scores and totals [B, N, 2, R], in float32.
 
@@ -301,8 +318,7 @@ def attend(
     rows = -(-tokens * heads // TILE) * TILE
     q_BRU = q_BTHU.reshape(batch, tokens * heads, width)
     q_BRU = jnp.pad(q_BRU, ((0, 0), (0, rows - tokens * heads), (0, 0)))
-    splits = -(-cache_BSU.shape[1] // cut.split)
-    operands = lengths_B, q_BRU, cache_BSU
+    splits = -(-cache.capacity // cut.split)
     parts = plgpu.kernel(
         functools.partial(_kernel, plan=cut, scale=scale),
         out_type=(
@@ -317,40 +333,24 @@ def attend(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
-    )(*operands)
-    axes = _common.varying_axes(*operands)
+    )(cache, q_BRU)
+    axes = _common.varying_axes(q_BTHU, *jax.tree.leaves(cache))
     return tuple(_common.vary(part, axes) for part in parts)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _mla_decode(
-    q_BTHU: jax.Array,
-    cache_BSU: jax.Array,
-    lengths_B: jax.Array,
-    scale: float,
-    value_dim: int,
-) -> jax.Array:
-    batch, tokens, heads, _ = q_BTHU.shape
-    cut = plan(q_BTHU.shape, cache_BSU.shape[1], value_dim, q_BTHU.dtype.itemsize)
-    parts = attend(q_BTHU, cache_BSU, lengths_B, scale=scale, cut=cut)
-    out_BRC = _join(*parts, lengths_B, cut.split)[:, : tokens * heads]
-    return out_BRC.reshape(batch, tokens, heads, value_dim).astype(q_BTHU.dtype)
-
-
-@_mla_decode.defjvp
-def _no_gradient(*_: Any) -> None:
-    raise ValueError(
-        "mla_decode: implementation=\"mosaic\" has no gradient; choose 'reference' to differentiate"
-    )
 
 
 def mla_decode(
     q_BTHU: jax.Array,
-    cache_BSU: jax.Array,
+    entries: jax.Array,
     lengths_B: jax.Array,
-    *,
+    *tables: jax.Array,
     scale: float,
     value_dim: int,
 ) -> jax.Array:
-    """The public operator, arguments already checked."""
-    return _mla_decode(q_BTHU, cache_BSU, lengths_B.astype(jnp.int32), scale, value_dim)
+    """The public operator, arguments already checked; `tables` holds the block table, if any."""
+    batch, tokens, heads, _ = q_BTHU.shape
+    lengths_B = lengths_B.astype(jnp.int32)
+    cache = Cache(entries, lengths_B, *(t.astype(jnp.int32) for t in tables))
+    cut = plan(q_BTHU.shape, cache.capacity, value_dim, q_BTHU.dtype.itemsize)
+    parts = attend(q_BTHU, cache, scale=scale, cut=cut)
+    out_BRC = _join(*parts, lengths_B, cut.split)[:, : tokens * heads]
+    return out_BRC.reshape(batch, tokens, heads, value_dim).astype(q_BTHU.dtype)

@@ -1,6 +1,6 @@
 """Absorbed MLA decode in plain jnp.
 
-B batch, T new tokens, S cache entries, H heads, U cache width, C latent width.
+B batch, T new tokens, S cache entries, P pages of a row, H heads, U cache width, C latent width.
 """
 
 import jax
@@ -13,11 +13,15 @@ def mla_decode(
     q_BTHU: jax.Array,
     cache_BSU: jax.Array,
     lengths_B: jax.Array,
-    *,
+    *tables: jax.Array,
     scale: float,
     value_dim: int,
 ) -> jax.Array:
-    """The public operator, arguments already checked."""
+    """The public operator, arguments already checked; `tables` holds the block table, if any."""
+    for table_BP in tables:
+        # Pages of entries past the length may be any number.
+        pages_BPSU = cache_BSU.at[table_BP].get(mode="clip")
+        cache_BSU = pages_BPSU.reshape(q_BTHU.shape[0], -1, q_BTHU.shape[3])
     dtype = accumulation_dtype(q_BTHU.dtype)
     num_tokens, num_entries = q_BTHU.shape[1], cache_BSU.shape[1]
     lengths_B1 = lengths_B[:, None].astype(jnp.int32)

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,18 @@ def values_of_many_magnitudes(rng: np.random.Generator, *shape: int) -> np.ndarr
     Sums of plain normal numbers are often exact in float32: every order gives the same bits.
     """
     return rng.standard_normal(shape) * 2.0 ** rng.integers(-12, 12, shape)
+
+
+def paged(
+    rng: np.random.Generator, cache_BSU: Any, lengths: Sequence[int], page: int
+) -> tuple[jax.Array, jax.Array]:
+    """The cache in pages in random order, and the block table, wild where the row has ended."""
+    batch, entries, width = cache_BSU.shape
+    pages = cache_BSU.reshape(batch * entries // page, page, width)
+    order = rng.permutation(len(pages))
+    tables = np.argsort(order).reshape(batch, -1)
+    ended = np.arange(0, entries, page)[None] >= np.asarray(lengths)[:, None]
+    return pages[order], jnp.asarray(np.where(ended, -(10**6), tables), jnp.int32)
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -47,6 +59,11 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
+def compiled_float_scatters(text: str) -> list[str]:
+    """Every scatter of floating-point numbers in the text of a compiled program."""
+    return [line for line in text.splitlines() if " scatter(" in line and "= s32" not in line]
+
+
 def float_scatters(function: Callable[..., Any], *args: Any) -> list[str]:
     """Every scatter of floating-point numbers in the traced and in the compiled function."""
     traced = jax.jit(function).trace(*args)
@@ -56,8 +73,7 @@ def float_scatters(function: Callable[..., Any], *args: Any) -> list[str]:
         if equation.primitive.name.startswith("scatter")
         and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
     ]
-    lines = traced.lower().compile().as_text().splitlines()
-    return found + [line for line in lines if " scatter(" in line and "= s32" not in line]
+    return found + compiled_float_scatters(traced.lower().compile().as_text())
 
 
 @contextlib.contextmanager

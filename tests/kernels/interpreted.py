@@ -138,10 +138,11 @@ class Decode(NamedTuple):
     entries: int
     lengths: tuple[int, ...]
     dtype: str = "bfloat16"
+    page: int = 0  # entries of a page of a paged cache
 
 
 DECODES = {
-    "few heads": Decode(2, 4, 128, 64, 256, (200, 1, 0)),
+    "few heads, paged": Decode(2, 4, 128, 64, 384, (250, 1, 0), page=128),
     "two row tiles": Decode(2, 48, 192, 64, 192, (129,)),
     "three tokens": Decode(3, 16, 64, 128, 192, (129, 2, 70), "float16"),
     "64 heads": Decode(1, 64, 320, 64, 128, (100, 128)),
@@ -163,11 +164,15 @@ def decode(case: Decode) -> dict[str, Any]:
     past = np.arange(case.entries)[None] >= np.asarray(case.lengths)[:, None]
     cache = jnp.where(past[..., None], jnp.nan, clean)
 
-    def run(q: jax.Array, cache: jax.Array, implementation: str) -> np.ndarray:
+    def run(
+        q: jax.Array, cache: jax.Array, implementation: str, tables: jax.Array | None = None
+    ) -> np.ndarray:
         options = dict(scale=0.2, value_dim=case.latent, implementation=implementation)
-        return np.asarray(mla_decode(q, cache, lengths_B, **options), np.float64)
+        out = mla_decode(q, cache, lengths_B, block_tables_BP=tables, **options)
+        return np.asarray(out, np.float64)
 
-    got, reference = run(q, cache, "mosaic"), run(q, cache, "reference")
+    paged = helpers.paged(rng, cache, case.lengths, case.page) if case.page else (cache, None)
+    got, reference = run(q, paged[0], "mosaic", paged[1]), run(q, cache, "reference")
     with jax.enable_x64(True):
         exact = run(q.astype(jnp.float64), clean.astype(jnp.float64), "reference")
     position = np.asarray(case.lengths)[:, None] - case.tokens + np.arange(case.tokens)

@@ -49,6 +49,14 @@ def test_equals_naive(dtype):
         assert not np.any(out[3, 0]) and np.any(out[3, 1])
 
 
+def test_paged_cache_gives_the_same_bits():
+    q, cache, lengths = operands("float32")
+    cache = jnp.pad(cache, ((0, 0), (0, 2), (0, 0)))
+    pages, tables = helpers.paged(np.random.default_rng(1), cache, LENGTHS, 5)
+    run = functools.partial(mla_decode, scale=SCALE, value_dim=LATENT)
+    assert helpers.same_bits(run(q, pages, lengths, block_tables_BP=tables), run(q, cache, lengths))
+
+
 def test_two_runs_give_the_same_bits():
     args = operands("float32")
     first, second = (mla_decode(*args, scale=SCALE, value_dim=LATENT) for _ in range(2))
@@ -62,12 +70,14 @@ def test_two_runs_give_the_same_bits():
         (dict(lengths=jnp.zeros(3, int)), "batch is 2 in q_BTHU"),
         (dict(lengths=jnp.zeros(2)), "expected an integer dtype"),
         (dict(value_dim=10), "value_dim is 10, expected 1 to 9"),
+        (dict(tables=jnp.zeros((3, 2), int)), "batch is 2 in q_BTHU, 3 in block_tables_BP"),
+        (dict(tables=jnp.zeros((2, 2))), "block_tables_BP is float32, expected an integer"),
         (dict(implementation="mosaik"), "choose None or one of 'reference', 'mosaic'"),
     ],
 )
 def test_refuses(change, message):
     args = dict(q=jnp.zeros((2, 1, 3, 9)), cache=jnp.zeros((2, 5, 9)), lengths=jnp.ones(2, int))
-    args |= dict(value_dim=6, implementation=None) | change
+    args |= dict(value_dim=6, implementation=None, tables=None) | change
     with pytest.raises(ValueError, match=message):
         mla_decode(
             args["q"],
@@ -75,6 +85,7 @@ def test_refuses(change, message):
             args["lengths"],
             scale=SCALE,
             value_dim=args["value_dim"],
+            block_tables_BP=args["tables"],
             implementation=args["implementation"],
         )
 
@@ -88,7 +99,7 @@ def spec(*dims, dtype="bfloat16"):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    return helpers.interpret("decode few heads", "decode two row tiles")
+    return helpers.interpret("decode few heads, paged", "decode two row tiles")
 
 
 def assert_exact_enough(result):
@@ -96,7 +107,7 @@ def assert_exact_enough(result):
     assert result["before"] == 0
 
 
-@pytest.mark.parametrize("case", ["few heads", "two row tiles"])
+@pytest.mark.parametrize("case", ["few heads, paged", "two row tiles"])
 def test_mosaic_equals_exact_attention(interpreted, case):
     assert_exact_enough(interpreted[f"decode {case}"])
 
@@ -161,13 +172,17 @@ def test_mosaic_never_falls_back(dtype, entries, width, value_dim):
         mosaic_decode(q, cache, jnp.ones(2, int), value_dim=value_dim)
 
 
-def test_mosaic_refuses_to_be_differentiated():
-    def loss(q, cache, lengths):
-        return jnp.sum(mosaic_decode(q, cache, lengths, value_dim=64))
+@pytest.mark.parametrize(
+    "tables, implementation", [((), "mosaic"), ((spec(2, 1, dtype="int32"),), "reference")]
+)
+def test_refuses_to_be_differentiated(tables, implementation):
+    def loss(q, cache, lengths, tables=None):
+        options = dict(block_tables_BP=tables, implementation=implementation)
+        return jnp.sum(mla_decode(q, cache, lengths, scale=SCALE, value_dim=64, **options))
 
     args = spec(2, 1, 3, 128), spec(2, 64, 128), spec(2, dtype="int32")
-    with pytest.raises(ValueError, match="has no gradient; choose 'reference'"):
-        jax.eval_shape(jax.grad(loss), *args)
+    with pytest.raises(ValueError, match="only implementation='reference' over a cache without"):
+        jax.eval_shape(jax.grad(loss), *args, *tables)
 
 
 @pytest.mark.parametrize("shape", [*shapes.PRODUCTION, shapes.LONG])
