@@ -6,7 +6,6 @@ of the gradients are read transposed, never copied.
 R rows, K contracted width, N output width, G groups, T tiles of rows.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,31 +15,13 @@ import triton.language as tl
 
 from pallas_kernels import _triton
 
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Sizes of a program's blocks; its operands take stages * 2 * depth * (rows + columns) bytes of
-    shared memory, of which Ada has 99 KiB.
-
-    Attributes:
-      rows: of the tile of the result.
-      columns: of the tile of the result.
-      depth: of one step along the contracted dimension.
-      stages: steps in flight, with the one in use.
-      warps: of a program.
-      panel: tiles that are walked together down the rows, for reuse in L2.
-    """
-
-    rows: int = 128
-    columns: int = 128
-    depth: int = 64
-    stages: int = 3
-    warps: int = 8
-    panel: int = 8
-
-
-PRODUCT = Blocks()
-GRADIENT = Blocks()
+# Sizes of the blocks, chosen on an H100 (experiments/LOG.md). A GPU without Hopper's instructions
+# keeps STAGES - 1 blocks of both operands in shared memory: 96 KiB, of the 99 KiB that Ada has.
+ROWS, COLUMNS = 128, 256  # of the tile of the result
+DEPTH = 64  # of one step along the contracted dimension
+STAGES = 3  # steps in flight, with the one in use
+WARPS = 8
+PANEL = 16  # tiles that are walked together down the rows, for reuse in L2
 
 
 @triton.jit
@@ -69,8 +50,8 @@ def _product_kernel(
     start_T,
     end_T,
     out,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    LHS_ROWS: tl.constexpr,
+    CONTRACT: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
@@ -86,20 +67,20 @@ def _product_kernel(
         return
     row_M, k_K = tl.arange(0, M)[:, None], tl.arange(0, K)
     column_N = column * N + tl.arange(0, N)[None, :]
-    # Rows of other groups are multiplied too and not stored. A column is one's own as well, but
-    # what lies past the depth enters every sum: both operands are masked there, as 0 * NaN is NaN.
-    lhs_MK = lhs + start.to(tl.int64) * DEPTH
-    lhs_MK += tl.minimum(row_M, ROWS - 1 - start) * DEPTH + k_K[None, :]
+    # Rows of other groups are multiplied too and not stored: no row's sum depends on another row.
+    # It does on what lies past the contracted width: masked in both operands, as 0 * NaN is NaN.
+    lhs_MK = lhs + start.to(tl.int64) * CONTRACT
+    lhs_MK += tl.minimum(row_M, LHS_ROWS - 1 - start) * CONTRACT + k_K[None, :]
     k_stride: tl.constexpr = 1 if TRANSPOSED else WIDTH
-    n_stride: tl.constexpr = DEPTH if TRANSPOSED else 1
-    rhs_KN = rhs + group.to(tl.int64) * (DEPTH * WIDTH) + k_K[:, None] * k_stride
+    n_stride: tl.constexpr = CONTRACT if TRANSPOSED else 1
+    rhs_KN = rhs + group.to(tl.int64) * (CONTRACT * WIDTH) + k_K[:, None] * k_stride
     rhs_KN += column_N * n_stride
     total_MN = tl.zeros((M, N), tl.float32)
-    for k in range(0, tl.where(group < GROUPS, DEPTH, 0), K):
-        left = DEPTH - k
-        lhs_block = _load(lhs_MK, k_K[None, :] < left, DEPTH % K == 0)
+    for k in range(0, tl.where(group < GROUPS, CONTRACT, 0), K):
+        left = CONTRACT - k
+        lhs_block = _load(lhs_MK, k_K[None, :] < left, CONTRACT % K == 0)
         inside = (k_K[:, None] < left) & (column_N < WIDTH)
-        rhs_block = _load(rhs_KN, inside, DEPTH % K == 0 and WIDTH % N == 0)
+        rhs_block = _load(rhs_KN, inside, CONTRACT % K == 0 and WIDTH % N == 0)
         total_MN = tl.dot(lhs_block, rhs_block, total_MN)
         lhs_MK += K
         rhs_KN += K * k_stride
@@ -150,9 +131,7 @@ def _bounds(group_sizes_G: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Arr
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]]), ends_G
 
 
-def _row_tiles(
-    group_sizes_G: jax.Array, num_rows: int, tile: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _row_tiles(group_sizes_G: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Group, first row and the group's past-the-last row of every tile, in order of rows.
 
     Rows of no group are those of group G. Tiles that are not needed come last and start at an end.
@@ -160,19 +139,18 @@ def _row_tiles(
     rest_1 = num_rows - jnp.sum(group_sizes_G, dtype=jnp.int32)[None]
     sizes = jnp.concatenate([group_sizes_G.astype(jnp.int32), jnp.maximum(rest_1, 0)])
     starts, ends = _bounds(sizes, num_rows)
-    tiles = (ends - starts + tile - 1) // tile
+    tiles = (ends - starts + ROWS - 1) // ROWS
     last = jnp.cumsum(tiles, dtype=jnp.int32)
-    t_T = jnp.arange(num_rows // tile + sizes.shape[0], dtype=jnp.int32)
+    t_T = jnp.arange(num_rows // ROWS + sizes.shape[0], dtype=jnp.int32)
     group_T = jnp.sum(t_T[:, None] >= last[None, :], axis=1, dtype=jnp.int32)
     group_T = jnp.minimum(group_T, sizes.shape[0] - 1)
-    start_T = starts[group_T] + (t_T - (last - tiles)[group_T]) * tile
+    start_T = starts[group_T] + (t_T - (last - tiles)[group_T]) * ROWS
     return group_T, start_T, ends[group_T]
 
 
 def _launch(
     kernel: Any,
     operands: tuple[jax.Array, ...],
-    blocks: Blocks,
     *,
     out: jax.ShapeDtypeStruct,
     row_tiles: int,
@@ -182,60 +160,48 @@ def _launch(
         kernel,
         operands,
         out=out,
-        programs=row_tiles * triton.cdiv(out.shape[-1], blocks.columns),
-        warps=blocks.warps,
-        stages=blocks.stages,
+        programs=row_tiles * triton.cdiv(out.shape[-1], COLUMNS),
+        warps=WARPS,
+        stages=STAGES,
         WIDTH=out.shape[-1],
-        M=blocks.rows,
-        N=blocks.columns,
-        K=blocks.depth,
-        PANEL=blocks.panel,
+        M=ROWS,
+        N=COLUMNS,
+        K=DEPTH,
+        PANEL=PANEL,
         **constants,
     )
 
 
 def product(
-    lhs_RK: jax.Array,
-    rhs: jax.Array,
-    group_sizes_G: jax.Array,
-    *,
-    transposed: bool = False,
-    blocks: Blocks = PRODUCT,
+    lhs_RK: jax.Array, rhs: jax.Array, group_sizes_G: jax.Array, *, transposed: bool = False
 ) -> jax.Array:
     """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed."""
-    (num_rows, depth), num_groups = lhs_RK.shape, rhs.shape[0]
-    tables = _row_tiles(group_sizes_G, num_rows, blocks.rows)
+    num_rows, contract = lhs_RK.shape
+    tables = _row_tiles(group_sizes_G, num_rows)
     width = rhs.shape[1 if transposed else 2]
     return _launch(
         _product_kernel,
         (lhs_RK, rhs, *tables),
-        blocks,
         out=jax.ShapeDtypeStruct((num_rows, width), lhs_RK.dtype),
         row_tiles=tables[0].shape[0],
-        ROWS=num_rows,
-        DEPTH=depth,
-        GROUPS=num_groups,
+        LHS_ROWS=num_rows,
+        CONTRACT=contract,
+        GROUPS=rhs.shape[0],
         TILES=tables[0].shape[0],
         TRANSPOSED=transposed,
     )
 
 
 def weight_gradient(
-    lhs_RK: jax.Array,
-    dout_RN: jax.Array,
-    group_sizes_G: jax.Array,
-    *,
-    dtype: Any,
-    blocks: Blocks = GRADIENT,
+    lhs_RK: jax.Array, dout_RN: jax.Array, group_sizes_G: jax.Array, *, dtype: Any
 ) -> jax.Array:
     """Sum over each group's rows of lhs[r]^T dout[r]: [G, K, N] in `dtype`."""
     num_groups, height = group_sizes_G.shape[0], lhs_RK.shape[1]
     return _launch(
         _gradient_kernel,
         (lhs_RK, dout_RN, *_bounds(group_sizes_G, lhs_RK.shape[0])),
-        blocks,
         out=jax.ShapeDtypeStruct((num_groups, height, dout_RN.shape[1]), dtype),
-        row_tiles=num_groups * triton.cdiv(height, blocks.rows),
+        row_tiles=num_groups * triton.cdiv(height, ROWS),
         HEIGHT=height,
     )
 

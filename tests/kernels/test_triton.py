@@ -15,8 +15,8 @@ from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
 from tests.kernels import helpers, scatter_order
 
-pytest.importorskip(
-    "jax_triton",
+triton_lib = pytest.importorskip(
+    "jax_triton.triton_lib",
     reason="needs the extra [triton] beside JAX with GPU support",
     exc_type=ImportError,
 )
@@ -37,9 +37,24 @@ def kernels(function, *args):
     return lowered.as_text().count("triton_kernel_call")
 
 
-@pytest.fixture(params=[(8, 0), (8, 9), (9, 0)], ids=lambda c: f"sm{c[0]}{c[1]}")
+# Shared memory that a program may have, in KiB, by compute capability (CUDA programming guide).
+SHARED = {(8, 0): 163, (8, 9): 99, (9, 0): 227}
+
+
+@pytest.fixture(params=SHARED, ids=lambda c: f"sm{c[0]}{c[1]}")
 def machine(request, monkeypatch):
+    """A GPU to lower for; every kernel must fit into its shared memory."""
+    compile_to_ptx = triton_lib.compile_ttir_to_ptx_inplace
+
+    def compile_and_check(*args):
+        result = compile_to_ptx(*args)
+        assert result.shared_mem_bytes <= SHARED[request.param] * 1024, result.name
+        return result
+
     monkeypatch.setattr(_common, "compute_capability", lambda: request.param)
+    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    monkeypatch.setattr(triton_lib, "compile_ttir_to_ptx_inplace", compile_and_check)
+    jax.clear_caches()  # of functions traced for another machine
 
 
 def product_and_gradients(lhs, rhs, sizes, dout):
@@ -47,14 +62,14 @@ def product_and_gradients(lhs, rhs, sizes, dout):
     return out, *vjp(dout)
 
 
-@pytest.mark.parametrize("shape", grouped_shapes.PRODUCTION[:2] + grouped_shapes.QUICKSTART[:1])
+@pytest.mark.parametrize("shape", grouped_shapes.PRODUCTION[:1] + grouped_shapes.QUICKSTART[:1])
 def test_grouped_gemm_lowers_for_cuda(machine, shape):
     num_rows, contract, width, groups = shape
     args = spec(num_rows, contract), spec(groups, contract, width), spec(groups, dtype="int32")
     assert kernels(product_and_gradients, *args, spec(num_rows, width)) == 3
 
 
-@pytest.mark.parametrize("shape", (*scatter_shapes.PRODUCTION, scatter_shapes.QUICKSTART))
+@pytest.mark.parametrize("shape", (scatter_shapes.EMBEDDING, scatter_shapes.QUICKSTART))
 def test_scatter_add_lowers_for_cuda(machine, shape):
     num_rows, width, destinations = shape
     run = functools.partial(sums, num_rows=destinations)
