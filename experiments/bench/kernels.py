@@ -9,6 +9,7 @@ power limit runs at what the contenders before left it, hence timing.medians' sh
 
 import argparse
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,10 @@ from pallas_kernels.scatter_add import shapes as scatter_shapes
 SETS = 3
 REPEATS = 100
 mosaic_gemm = functools.partial(grouped_gemm, implementation="mosaic")
+# Our kernels: Hopper's, and those for GPUs before it where the extra [triton] is installed.
+KINDS = {"ours": "mosaic"}
+if importlib.util.find_spec("jax_triton"):
+    KINDS["ours in Triton"] = "triton"
 
 
 def uneven_groups(rows: int, groups: int) -> np.ndarray:
@@ -74,7 +79,9 @@ PASSES = {"forward": _value, "gradient to lhs": _lhs_gradient, "gradient to rhs"
 
 
 def _jax_products() -> dict[str, Callable[..., Any]]:
-    products = {"ours": mosaic_gemm}
+    products: dict[str, Callable[..., Any]] = {
+        name: functools.partial(grouped_gemm, implementation=kind) for name, kind in KINDS.items()
+    }
     try:
         import tokamax
 
@@ -161,7 +168,7 @@ def bench_grouped(rounds: int) -> None:
             rate = f"{flops / seconds[name] / 1e12:.0f}"
             lines[name] = [rate, versus, f"{dense / seconds[name]:.2f}"]
         timing.table(str(tuple(shape)), ["TFLOP/s", "x torch", "x dense"], lines)
-        bits = {n: _repeatable(c, args) for n, c in compiled.items() if n.endswith("ours")}
+        bits = {n: _repeatable(c, args) for n, c in compiled.items() if n.split(", ")[-1] in KINDS}
         error = _error(shape, sets[0], sizes)
         print(f"error {error:.1e}; {REPEATS} runs bit-equal: {all(bits.values())} {bits}")
 
@@ -269,19 +276,20 @@ def bench_scatter(rounds: int) -> None:
         args = draw(jax.random.key(0), shape[:2]), _ids(name, shape)
         num_rows = shape.destinations
 
-        def ours(values: Any, ids: Any, num_rows: int = num_rows) -> Any:
-            return scatter_add(values, ids, num_rows, implementation="mosaic")
+        def ours(values: Any, ids: Any, num_rows: int = num_rows, *, kind: str) -> Any:
+            return scatter_add(values, ids, num_rows, implementation=kind)
 
         def atomics(values: Any, ids: Any, num_rows: int = num_rows) -> Any:
             out = jnp.zeros((num_rows, values.shape[1]), jnp.float32)
             return out.at[ids].add(values.astype(jnp.float32))
 
-        compiled = timing.compile_all({"ours": (ours, args), "XLA atomics": (atomics, args)})
+        functions = {n: (functools.partial(ours, kind=kind), args) for n, kind in KINDS.items()}
+        compiled = timing.compile_all(functions | {"XLA atomics": (atomics, args)})
         contenders = {n: timing.jax_contender(c, args, 1) for n, c in compiled.items()}
         seconds = timing.medians(contenders, rounds=rounds)
-        equal = _repeatable(compiled["ours"], args)
+        equal = all(_repeatable(compiled[n], args) for n in KINDS)
         rows[name] = [*(f"{1e3 * seconds[n]:.3f}" for n in contenders), str(equal)]
-    timing.table("scatter-add, ms", ["ours", "XLA atomics", f"{REPEATS} runs bit-equal"], rows)
+    timing.table("scatter-add, ms", [*contenders, f"{REPEATS} runs bit-equal"], rows)
 
 
 def _dispatch(name: str) -> Callable[..., Any]:
@@ -309,7 +317,7 @@ def _gather_functions() -> dict[str, Callable[..., Any]]:
         "combine": combine,
         "combine, gradient": gradient,
         "dispatch, reference": _dispatch("reference"),
-        "dispatch, mosaic": _dispatch("mosaic"),
+        **{f"dispatch, {kind}": _dispatch(kind) for kind in KINDS.values()},
         "dispatch, gradient": dispatch_gradient,
     }
 
