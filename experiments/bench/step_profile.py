@@ -91,12 +91,11 @@ def idle(found: list[Kernel]) -> float:
 
 
 def breakdown(found: list[Kernel]) -> dict[str, tuple[float, int]]:
-    """(nanoseconds, launches) of every part and of "idle", largest first."""
+    """(nanoseconds, launches) of every part, largest first."""
     sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for kernel in found:
         time, launches = sums[part_of(kernel)]
         sums[part_of(kernel)] = time + kernel.duration, launches + 1
-    sums["idle"] = idle(found), 0
     return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
 

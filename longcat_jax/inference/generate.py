@@ -76,13 +76,11 @@ class LoopState:
     logprobs_BN: jax.Array
 
 
-def _compute_params(params: Params, dtype: str) -> Params:
+def _compute_params(params: Params, config: ModelConfig) -> Params:
     """Parameters as the forward pass uses them, so that no step converts them anew."""
-    layers = params["layers"]
-    kept = {**params, "layers": {**layers, "mlp": {**layers["mlp"], "router": None}}}
-    cast = jax.tree.map(lambda w: w.astype(dtype), kept)
-    cast["layers"]["mlp"]["router"] = layers["mlp"]["router"]  # computes in its own precision
-    return cast
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    cast = jax.tree.map(lambda w: w.astype(config.dtype), rest)
+    return {**cast, "layers": longcat.working_layers(params, config)}
 
 
 def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState:
@@ -107,7 +105,7 @@ def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
 def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: int) -> LoopState:
     """The program: prefill, then a token per row and step until all have ended."""
-    params = _compute_params(params, config.dtype)
+    params = _compute_params(params, config)
     B, T = inputs.prompts.tokens_BT.shape
     hidden_BTD, cache = prefill(params, config, inputs.prompts, capacity=T + max_new_tokens)
     last_B11 = cache.lengths_B[:, None, None] - 1

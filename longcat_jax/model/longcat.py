@@ -113,6 +113,19 @@ def _abstract(config: ModelConfig, proxy: ProxyConfig | None, wide: bool) -> Par
     return jax.eval_shape(lambda key: init(config, key, proxy), jax.random.key(0))
 
 
+def working_layers(params: Params, config: ModelConfig) -> Params:
+    """The stacked layers in the dtype that blocks compute in; routers keep their own.
+
+    Made once a step, not in every layer: the weights are converted once for both passes, and their
+    gradients are stacked in that dtype, which is the one they are computed in.
+    """
+    layers = params["layers"]
+    router = layers["mlp"]["router"]
+    rest = {**layers, "mlp": {**layers["mlp"], "router": None}}
+    cast = jax.tree.map(lambda w: w.astype(config.dtype), rest)
+    return {**cast, "mlp": {**cast["mlp"], "router": router}}
+
+
 def trunk(
     params: Params,
     config: ModelConfig,
@@ -148,7 +161,7 @@ def trunk(
     x_BTD, (routers, left_out_L, latents) = jax.lax.scan(
         rematerialised(layer, remat),
         constrain_activations(x_BTD),
-        (params["layers"], router_shift_LE),
+        (working_layers(params, c), router_shift_LE),
     )
     hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
     return TrunkOutput(hidden_BTD, x_BTD, routers, left_out_L, latents)
