@@ -33,6 +33,8 @@ from longcat_jax.model.longcat import Model, Params
 
 MIN_PROMPT_LENGTH = 16
 """Shortest padded prompt; the others are its doubles."""
+CACHE_MULTIPLE = 64
+"""Of a cache's capacity: Hopper's kernel (pallas_kernels/mla_decode) takes whole tiles."""
 MAX_SEED = 2**32 - 1
 
 
@@ -107,7 +109,8 @@ def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: 
     """The program: prefill, then a token per row and step until all have ended."""
     params = _compute_params(params, config)
     B, T = inputs.prompts.tokens_BT.shape
-    hidden_BTD, cache = prefill(params, config, inputs.prompts, capacity=T + max_new_tokens)
+    capacity = -(-(T + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    hidden_BTD, cache = prefill(params, config, inputs.prompts, capacity=capacity)
     last_B11 = cache.lengths_B[:, None, None] - 1
     logits_BW = longcat.unembed(params, jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0])
     state = LoopState(
