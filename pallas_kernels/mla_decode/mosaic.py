@@ -27,6 +27,7 @@ SCORER, HELPER, LOADER = range(3)  # the warpgroups
 # 24 + 2 * 240 registers a thread: what an SM has for 3 * 128 threads.
 LOADER_REGISTERS, COMPUTE_REGISTERS = 24, 240
 MAX_STAGES = 4
+PIECE = 256  # the most columns of one product
 SHARED_MEMORY = 232448 - 2048  # bytes of a CTA, less the small buffers and barriers
 MIN_SPLIT, MAX_SPLIT = 256, 4096  # cache entries
 LOWEST = -1e30  # below any score, yet finite: a row may see nothing of its split
@@ -42,11 +43,7 @@ class Plan(NamedTuple):
     split: int  # cache entries of a split, a multiple of TILE
     stages: int
     pair: int  # CTAs that share a cache tile: two row tiles of a sequence, if their number is even
-
-    @property
-    def left(self) -> int:
-        """Value columns of the scoring warpgroup; the helper has the others."""
-        return self.value_dim // 2 // 64 * 64
+    left: int  # value columns of the scoring warpgroup; the helper has the others
 
 
 class Cache(NamedTuple):
@@ -227,23 +224,31 @@ def _score(work: Work, out: Any, stats: Any, buffers: Buffers, *, plan: Plan, sc
 
 def _help(work: Work, out: Any, buffers: Buffers, plan: Plan) -> None:
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    columns = pl.ds(plan.left, plan.value_dim - plan.left)
+    columns = range(plan.left, plan.value_dim)
+    pieces = [columns[i : i + PIECE] for i in range(0, len(columns), PIECE)]
 
-    def step(i: jax.Array, sums: jax.Array) -> jax.Array:
+    def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         slot = lax.rem(i, jnp.int32(plan.stages))
         tile = buffers.cache.at[slot]
         plgpu.barrier_wait(buffers.full.at[slot])
         plgpu.barrier_wait(buffers.weights_full)
-        _clear_past_end(work, i, tile, range(plan.left, plan.value_dim))
+        _clear_past_end(work, i, tile, columns)
         factor = plgpu.load(buffers.factor, layout=plgpu.Layout.WGMMA.reduce(1))
-        sums = _rescaled(sums, factor)
-        sums = _mosaic.multiply_add(sums, buffers.weights, tile.at[:, columns])
+        sums = tuple(
+            _mosaic.multiply_add(
+                _rescaled(part, factor), buffers.weights, tile.at[:, pl.ds(piece[0], len(piece))]
+            )
+            for part, piece in zip(sums, pieces, strict=True)
+        )
         plgpu.barrier_arrive(buffers.weights_empty)
         plgpu.barrier_arrive(buffers.empty.at[slot])
         return sums
 
-    sums = lax.fori_loop(0, work.steps, step, _zeros(work, columns.size))
-    out[work.batch, work.split, pl.ds(work.row, TILE), columns] = sums
+    zeros = tuple(_zeros(work, len(piece)) for piece in pieces)
+    sums = lax.fori_loop(0, work.steps, step, zeros)
+    rows = pl.ds(work.row, TILE)
+    for part, piece in zip(sums, pieces, strict=True):
+        out[work.batch, work.split, rows, pl.ds(piece[0], len(piece))] = part
 
 
 def _kernel(
@@ -304,6 +309,7 @@ def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) 
         split=-(-entries // (splits * TILE)) * TILE,
         stages=min(stages, MAX_STAGES),
         pair=2 if row_tiles % 2 == 0 else 1,
+        left=value_dim // 4 // 64 * 64,
     )
 
 

@@ -14,6 +14,10 @@ class Shape(NamedTuple):
     rope: int
 
 
-PRODUCTION = (Shape(64, 1, 64, 4096, 512, 64), Shape(64, 2, 64, 32768, 512, 64))
+PRODUCTION = (
+    Shape(64, 1, 64, 4096, 512, 64),
+    Shape(64, 1, 64, 32768, 512, 64),
+    Shape(64, 2, 64, 32768, 512, 64),
+)
 LONG = Shape(1, 1, 64, 131072, 512, 64)
 QUICKSTART = Shape(4, 1, 4, 256, 32, 8)

@@ -1,0 +1,162 @@
+"""Absorbed MLA decode on one Hopper GPU: cache bytes per second by shape, in one process.
+
+    python -m experiments.bench.decode_attention [--rounds 8]
+
+Every shape is timed beside a copy of its cache (read and written, so the bandwidth that there is),
+the reference in XLA and, where torch is installed, torch's scaled_dot_product_attention. Caches are
+larger than L2 together. "ragged": lengths uniform between an eighth of the cache and all of it.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import timing
+from pallas_kernels import mla_decode
+from pallas_kernels.mla_decode import shapes
+
+SCALE = 192**-0.5
+PAGE = 64
+REPEATS = 100
+OPERANDS_BYTES = 4e8  # of all operand sets together, at least
+CHECKED_ENTRIES = 1024
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key: jax.Array, shape: shapes.Shape) -> tuple[jax.Array, jax.Array]:
+    a, b = jax.random.split(key)
+    width = shape.latent + shape.rope
+    q = jax.random.normal(a, (shape.batch, shape.tokens, shape.heads, width), jnp.bfloat16)
+    return q, jax.random.normal(b, (shape.batch, shape.entries, width), jnp.bfloat16)
+
+
+def _cache_bytes(shape: shapes.Shape, lengths: np.ndarray) -> float:
+    return 2.0 * (shape.latent + shape.rope) * float(lengths.sum())
+
+
+def _functions(shape: shapes.Shape) -> dict[str, Callable[..., jax.Array]]:
+    """Contenders; arguments (q, cache, lengths, block tables)."""
+
+    def run(implementation: str, paged: bool, q: Any, cache: Any, lengths: Any, tables: Any) -> Any:
+        if paged:
+            cache = cache.reshape(-1, PAGE, cache.shape[2])
+        return mla_decode(
+            q,
+            cache,
+            lengths,
+            scale=SCALE,
+            value_dim=shape.latent,
+            block_tables_BP=tables if paged else None,
+            implementation=implementation,
+        )
+
+    return {
+        "ours": functools.partial(run, "mosaic", False),
+        "ours, paged": functools.partial(run, "mosaic", True),
+        "reference": functools.partial(run, "reference", False),
+        "copy": lambda q, cache, lengths, tables: -cache,
+    }
+
+
+def _torch_contender(shape: shapes.Shape, sets: list[Any]) -> dict[str, timing.Contender]:
+    """One token a sequence, so that no mask is needed: the heads stand as queries of one head."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    if shape.tokens > 1:
+        return {}
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=SCALE)
+    shared = [tuple(torch.from_dlpack(x) for x in arrays) for arrays in sets]
+
+    def run() -> list[Any]:
+        return [attend(q, c[:, None], c[:, None, :, : shape.latent]) for q, c in shared]
+
+    return {"torch": timing.Contender(run, len(sets), lambda _: torch.cuda.synchronize())}
+
+
+def bench(shape: shapes.Shape, lengths: np.ndarray, title: str, rounds: int) -> None:
+    """One table: microseconds, bytes of the cache per second, and that over the copy's."""
+    moved = _cache_bytes(shape, lengths)
+    count = max(1, round(OPERANDS_BYTES / moved))
+    sets = [jax.block_until_ready(_draw(jax.random.key(i), shape)) for i in range(count)]
+    pages = shape.batch * shape.entries // PAGE
+    order = np.random.default_rng(0).permutation(pages).reshape(shape.batch, -1)
+    args = sets, jnp.asarray(lengths, jnp.int32), jnp.asarray(order, jnp.int32)
+    functions = {
+        name: (lambda sets, *rest, run=run: [run(*arrays, *rest) for arrays in sets], args)
+        for name, run in _functions(shape).items()
+    }
+    compiled = timing.compile_all(functions)
+    contenders = {n: timing.jax_contender(c, args, count) for n, c in compiled.items()}
+    if lengths.min() == shape.entries:
+        contenders |= _torch_contender(shape, sets)
+    seconds = timing.medians(contenders, rounds=rounds)
+    copied = 2 * _cache_bytes(shape, np.full(shape.batch, shape.entries)) / seconds["copy"]
+    rows = {}
+    for name, s in seconds.items():
+        rate = copied if name == "copy" else moved / s
+        rows[name] = [f"{1e6 * s:.0f}", f"{rate / 1e12:.2f}", f"{rate / copied:.2f}"]
+    timing.table(title, ["us", "TB/s", "x copy"], rows)
+    print(f"{REPEATS} runs bit-equal: {_repeatable(compiled['ours'], args)}", flush=True)
+
+
+def _repeatable(compiled: Any, args: tuple[Any, ...]) -> bool:
+    """Whether REPEATS runs give the same bits, some of them beside another kernel's load."""
+    other = jax.jit(lambda x: x @ x.T)
+    noise = jnp.ones((4096, 4096), jnp.bfloat16)
+    same = jax.jit(lambda first, second: jnp.array_equal(first, second))
+    first = compiled(*args)[0]
+    equal = []
+    for i in range(REPEATS):
+        if i % 3 == 0:
+            other(noise)
+        equal.append(same(first, compiled(*args)[0]))
+    return all(map(bool, equal))
+
+
+def errors() -> None:
+    """Errors against float64 of ours and of the reference, on short caches with ragged lengths."""
+    rows = {}
+    for tokens, heads in ((1, 64), (2, 64), (3, 16)):
+        shape = shapes.Shape(4, tokens, heads, CHECKED_ENTRIES, 512, 64)
+        q, cache = _draw(jax.random.key(heads + tokens), shape)
+        lengths = jnp.asarray([CHECKED_ENTRIES, 65, tokens - 1, 700], jnp.int32)
+        run = functools.partial(mla_decode, scale=SCALE, value_dim=shape.latent)
+        with jax.enable_x64(True):
+            wide = q.astype(jnp.float64), cache.astype(jnp.float64)
+            exact = np.asarray(run(*wide, lengths, implementation="reference"))
+        cells = []
+        for name in ("mosaic", "reference"):
+            out = np.asarray(run(q, cache, lengths, implementation=name), np.float64)
+            cells.append(f"{np.linalg.norm(out - exact) / np.linalg.norm(exact):.2e}")
+        rows[f"{tokens} tokens, {heads} heads"] = cells
+    timing.table("error against float64", ["ours", "reference"], rows)
+
+
+def main() -> None:
+    """Parses the command line and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8)
+    args = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.rounds} rounds")
+    errors()
+    for shape in (*shapes.PRODUCTION, shapes.LONG):
+        lengths = {"full": np.full(shape.batch, shape.entries)}
+        if shape.batch > 1:
+            rng = np.random.default_rng(0)
+            lengths["ragged"] = rng.integers(shape.entries // 8, shape.entries + 1, shape.batch)
+        for name, values in lengths.items():
+            bench(shape, values, f"{tuple(shape)}, {name}", args.rounds)
+
+
+if __name__ == "__main__":
+    main()
