@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longcat_jax import baselines, data
 from longcat_jax.checkpoint import METRIC
@@ -24,10 +25,11 @@ def token_sizes(config: Config, directory: Path) -> np.ndarray:
     return np.pad(sizes, (0, config.model.vocab_size - len(sizes))).astype(np.int32)
 
 
-def compile_evaluation(config: Config) -> Callable[..., EvaluationSums]:
-    """The jitted sums of one batch: f(params, batch, token_bytes_W)."""
+def compile_evaluation(config: Config, mesh: Mesh | None = None) -> Callable[..., EvaluationSums]:
+    """The jitted sums of one batch: f(params, batch, token_bytes_W), whole on every device."""
     return jax.jit(
-        lambda params, batch, sizes: evaluation_step(params, batch, sizes, config=config)
+        lambda params, batch, sizes: evaluation_step(params, batch, sizes, config=config),
+        out_shardings=mesh and NamedSharding(mesh, PartitionSpec()),
     )
 
 

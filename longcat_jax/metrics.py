@@ -23,15 +23,16 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends a run's metrics to its workdir; one process of a job has one.
+    """Appends a run's metrics to its workdir, where `writes`; one process of a job does.
 
-    A process calls `truncate_after(step it starts from)` before its first line. Lines reach the
+    It calls `truncate_after(step it starts from)` before its first line. Lines reach the
     disk at `flush` and `close`, or when a buffer is full.
     """
 
-    def __init__(self, workdir: str | Path) -> None:
-        self._workdir = Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, workdir: str | Path, *, writes: bool = True) -> None:
+        self._workdir, self._writes = Path(workdir), writes
+        if writes:
+            self._workdir.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, IO[str]] = {}
         self._events: SummaryWriter | None = None
         self._purge_step: int | None = None
@@ -49,6 +50,8 @@ class MetricsWriter:
           step: optimizer step, from 1.
           values: name -> number, or list of numbers (one per layer); arrays are converted.
         """
+        if not self._writes:
+            return
         line = {"step": step, **plain(dict(values))}
         self._append(METRICS_FILE, line)
         events = self._open_events()
@@ -67,6 +70,8 @@ class MetricsWriter:
           load_LE: [layers, router outputs] share of the layer's selections.
           real_experts_histogram: [K+1] share of tokens that selected 0..K real experts.
         """
+        if not self._writes:
+            return
         values = {"load": load_LE, "real_experts_histogram": real_experts_histogram}
         self._append(EXPERT_LOAD_FILE, {"step": step, **plain(values)})
 
@@ -78,6 +83,8 @@ class MetricsWriter:
         Raises:
           ValueError: a line other than the last cannot be read.
         """
+        if not self._writes:
+            return
         self.close()
         self._purge_step = step + 1
         for name in (METRICS_FILE, EXPERT_LOAD_FILE):
@@ -86,7 +93,7 @@ class MetricsWriter:
                 continue
             partial = path.with_suffix(".partial")
             with partial.open("w", encoding="utf-8") as file:
-                for line in _read_lines(path):
+                for line in read_lines(path):
                     if line["step"] <= step:
                         file.write(_dump(line))
                 file.flush()
@@ -216,13 +223,18 @@ def _read_all(workdir: str | Path, name: str) -> list[dict[str, Any]]:
     path = Path(workdir) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; is {workdir} the workdir of a training run?")
-    lines = list(_read_lines(path))
+    lines = list(read_lines(path))
     if not lines:
         raise ValueError(f"{path}: holds no metrics yet")
     return lines
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a file, one a line; half a last line is left out.
+
+    Raises:
+      ValueError: a line other than the last cannot be read.
+    """
     torn: int | None = None
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):

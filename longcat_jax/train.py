@@ -3,23 +3,27 @@
 Order inside a step: next batch, jitted step, then, where due, log (the only place that waits for
 the device), evaluation, checkpoint. Per-step metrics stay on the device until the next log. A
 checkpoint is written only after the log has seen that every loss before it is finite.
+
+A job of many processes runs this same loop in each; process 0 alone writes files other than
+checkpoints (parallel/multihost.py).
 """
 
 import contextlib
 import dataclasses
+import json
 import math
-import signal
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from longcat_jax import data, start, workdir
+from longcat_jax.availability import AvailabilityLog
 from longcat_jax.checkpoint import Checkpoints
 from longcat_jax.config import Config, ConfigError, to_mapping
 from longcat_jax.evaluate import METRIC, compile_evaluation, evaluate, token_sizes
@@ -33,6 +37,7 @@ from longcat_jax.metrics import (
 from longcat_jax.model import count
 from longcat_jax.optim import schedules
 from longcat_jax.optim.frozen import frozen_mask
+from longcat_jax.parallel import multihost
 from longcat_jax.sharding import Mesh, batch_sharding, make_mesh
 from longcat_jax.train_step import (
     TrainState,
@@ -67,30 +72,49 @@ class Trainer:
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
         self.config, self.directory, self.mesh = config, directory, mesh
         self.reading = start.reading(config, directory)
-        self.iterator = data.open_train(self.reading, directory / workdir.DATA)
-        workdir.keep_tokenizer(directory)
+        rows = batch_sharding(mesh), config.train.global_batch
+        self.part = dict(
+            zip(("process_index", "process_count"), multihost.part_of_rows(*rows), strict=True)
+        )
+        self.iterator = multihost.first_before_others(self._open_data, "data")
         self.token_bytes = token_sizes(config, directory / workdir.DATA)
         self.watched = self._on_mesh(next(self._validation()))
         self.checkpoints = Checkpoints(directory, config.train)
-        self.writer = MetricsWriter(directory)
+        self.writer = MetricsWriter(directory, writes=multihost.is_first())
+        self.availability = AvailabilityLog(directory, writes=multihost.is_first())
         self.state, self.step = self._start()
         self.recent = deque(_losses_so_far(directory, self.step), maxlen=LOSS_WINDOW)
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        self.evaluate_batch = compile_evaluation(config)
-        self.watch = jax.jit(lambda params, batch: router_watch(params, batch, config=config))
+        self.evaluate_batch = compile_evaluation(config, mesh)
+        self.watch = jax.jit(
+            lambda params, batch: router_watch(params, batch, config=config),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
         self.rate = schedules.learning_rate(config.optim, config.train.steps)
         self.gain = schedules.pid_gain(config.optim, config.train.steps)
         self.flops_per_token = count.training_flops_per_token(
             config.model, config.train.sequence_length
         )
 
+    def _open_data(self) -> Iterator[Mapping[str, np.ndarray]]:
+        iterator = data.open_train(self.reading, self.directory / workdir.DATA, **self.part)
+        if multihost.is_first():
+            workdir.keep_tokenizer(self.directory)
+        return iterator
+
     def _start(self) -> tuple[TrainState, int]:
         """The state of the last checkpoint, or a new one; metrics and data are set to its step."""
-        steps = self.checkpoints.steps()
-        if not steps:
-            self.writer.truncate_after(0)
-            return start.new_state(self.config, self.mesh), 0
-        step, wanted = steps[-1], abstract_state(self.config, self.mesh)
+        step = multihost.of_first(max(self.checkpoints.steps(), default=0))
+        state = self._restored(step) if step else start.new_state(self.config, self.mesh)
+        multihost.first_alone(lambda: self._forget_after(step), "metrics")
+        return state, step
+
+    def _forget_after(self, step: int) -> None:
+        self.availability.start(step, processes=jax.process_count())
+        self.writer.truncate_after(step)
+
+    def _restored(self, step: int) -> TrainState:
+        wanted = abstract_state(self.config, self.mesh)
         found = self.checkpoints.restore(
             step,
             params=wanted.params,
@@ -101,10 +125,9 @@ class Trainer:
             self.iterator.set_state(found["data"])
         except (KeyError, TypeError) as error:
             raise self.checkpoints.read_error(step, ValueError(f"data: {error!r}")) from error
-        self.writer.truncate_after(step)
         optimizer = found["optimizer"]
         print(f"resuming from step {step}", flush=True)
-        return TrainState(optimizer["step"], found["params"], optimizer["state"]), step
+        return TrainState(optimizer["step"], found["params"], optimizer["state"])
 
     def _compile(self) -> Callable:
         """The step, compiled before the clock of the first interval runs."""
@@ -117,19 +140,19 @@ class Trainer:
         print(f"step compiled in {time.perf_counter() - started:.1f} s", flush=True)
         return compiled
 
-    def loop(self, *, stop_asked: Callable[[], bool], profile: tuple[int, int] | None) -> None:
-        """Runs to train.steps, or to the step at which `stop_asked` says so."""
+    def loop(self, *, stop_asked: Callable[[int], bool], profile: tuple[int, int] | None) -> None:
+        """Runs to train.steps, or to the first step of which `stop_asked` says so."""
         settings, run_step = self.config.train, self._compile()
         progress = _Progress(time.perf_counter())
         with contextlib.ExitStack() as tracing:
             while self.step < settings.steps:
-                if profile and self.step == profile[0]:
+                if profile and self.step == profile[0] and multihost.is_first():
                     tracing.enter_context(_trace(self.directory / "profile"))
                 self._one_step(run_step, progress)
                 if profile and self.step == profile[1]:
                     jax.block_until_ready(self.state)
                     tracing.close()
-                last = self.step == settings.steps or stop_asked()
+                last = self.step == settings.steps or stop_asked(self.step)
                 if last or self.step % settings.log_every == 0 or self._pauses():
                     self._log(progress)
                     progress = _Progress(time.perf_counter())
@@ -161,7 +184,8 @@ class Trainer:
             self._save(results)
 
     def _on_mesh(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return jax.device_put(dict(batch), batch_sharding(self.mesh))
+        rows = self.config.train.global_batch
+        return multihost.to_global(batch, batch_sharding(self.mesh), rows=rows)
 
     def _log(self, progress: _Progress) -> None:
         """Writes the pending steps' metrics, prints the last one's, and stops on a bad loss."""
@@ -229,9 +253,11 @@ class Trainer:
         return results
 
     def _validation(self) -> Iterator[Mapping[str, np.ndarray]]:
-        return iter(data.open_validation(self.reading, self.directory / workdir.DATA))
+        folder = self.directory / workdir.DATA
+        return iter(data.open_validation(self.reading, folder, **self.part))
 
     def _save(self, results: Mapping[str, float] | None) -> None:
+        before = time.perf_counter()
         self.checkpoints.save(
             self.step,
             params=self.state.params,
@@ -240,6 +266,7 @@ class Trainer:
             config=to_mapping(self.config),
             metrics={METRIC: results[METRIC]} if results else None,
         )
+        self.availability.save(self.step, stall_seconds=time.perf_counter() - before)
 
     def close(self) -> None:
         """Waits for the last checkpoint and ends threads."""
@@ -268,26 +295,6 @@ def _trace(directory: Path) -> Iterator[None]:
     print(f"profile written to {directory}", flush=True)
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGTERM or SIGINT into a wish to stop; the second one kills as usual."""
-    asked = []
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        asked.append(number)
-        name = signal.Signals(number).name
-        print(f"{name}: saving after this step; once more to stop at once", flush=True)
-        signal.signal(number, signal.SIG_DFL)
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def describe(config: Config, mesh: Mesh) -> str:
     """The job in two lines."""
     model, train = config.model, config.train
@@ -303,16 +310,22 @@ def describe(config: Config, mesh: Mesh) -> str:
     )
 
 
-def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = None) -> None:
+def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = None) -> bool:
     """Trains `config` in `directory` to its last step, going on from what is there.
+
+    Each process of a job calls it, with the same arguments and a directory that all of them see.
 
     Args:
       config: the job.
       directory: the workdir; made if missing.
       profile: (start, stop) steps between which a trace is written to `directory`/profile.
 
+    Returns:
+      Whether the last step is done: a signal may have come first.
+
     Raises:
-      ConfigError: the workdir holds another job, or the mesh doesn't fit the devices.
+      ConfigError: the workdir holds another job, the mesh doesn't fit the devices, or processes
+        of a job were given different configs.
       DataError: data that cannot be read.
       CheckpointError: a checkpoint that cannot be read or written.
       TrainingStopped: a loss that is not finite, or a spike.
@@ -321,8 +334,11 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
     config = start.resolved(config, directory)
     frozen_mask(abstract_boxes(config), config.optim.freeze)  # refuses before anything is written
     mesh = make_mesh(config.mesh)
-    with workdir.locked(directory), jax.set_mesh(mesh), _signals() as stop_asked:
-        workdir.claim(directory, config)
+    multihost.check_mesh(mesh)
+    multihost.check_same(json.dumps(to_mapping(config)), "the config")
+    lock = workdir.locked(directory) if multihost.is_first() else contextlib.nullcontext()
+    with lock, jax.set_mesh(mesh), multihost.stop_wishes() as stop_asked:
+        multihost.first_alone(lambda: workdir.claim(directory, config), "claim")
         print(describe(config, mesh), flush=True)
         trainer = Trainer(config, directory, mesh)
         try:
@@ -335,9 +351,14 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
                 trainer.loop(stop_asked=stop_asked, profile=profile)
             else:
                 print(f"{directory}: already trained to step {trainer.step}", flush=True)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError, ValueError):  # the first error is the one to tell
+                reason = str(error) or type(error).__name__
+                trainer.availability.stop(trainer.step, reason=reason)
                 trainer.close()
             raise
         trainer.close()
+        finished = trainer.step >= config.train.steps
+        trainer.availability.stop(trainer.step, reason="finished" if finished else "signal")
     print(f"step {trainer.step}: saved in {trainer.checkpoints.directory}", flush=True)
+    return finished

@@ -1,0 +1,249 @@
+"""Several processes of one job: how they join, agree, read their rows, and end together.
+
+Every process runs the same program on its own devices. What one of them must do alone (write files,
+say things) process 0 does; without `joined` there is one process, and everything here is trivial.
+
+How a job ends: an error in one process is told by that process alone, and ends the others within
+seconds. A process that vanishes is missed by JAX's coordination service after HEARTBEAT_SECONDS (at
+once if it was process 0, which holds that service); the service then aborts every other process,
+and last_words.py makes one line of what it says. SIGTERM at any process is a notice to all: they
+stop at the same step, with a checkpoint.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed  # the coordination service's key-value store has no public name
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from longcat_jax.config import ConfigError
+
+JOIN_SECONDS = 300
+HEARTBEAT_SECONDS = 30
+SHUTDOWN_SECONDS = 30
+FIRST_SPEAKS_SECONDS = 2
+"""An error that all processes meet is told by process 0: the others wait this long for it."""
+FAILED = "longcat/failed"
+DAYS_MS = 1 << 31
+
+
+@contextlib.contextmanager
+def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
+    """This process as number `index` of a job's `count`; only process 0 has a standard output.
+
+    Args:
+      coordinator: HOST:PORT at which process 0 listens and all reach it.
+      count: processes of the job, at least 2.
+      index: from 0.
+
+    Raises:
+      ConfigError: not all came together in JOIN_SECONDS.
+    """
+    _filter_stderr()
+    if index:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            cluster_detection_method="deactivate",
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"process {index}: the {count} processes did not come together at {coordinator} "
+            f"({reason})"
+        ) from error
+    threading.Thread(target=_end_with_others, args=(index,), daemon=True).start()
+    try:
+        yield
+        _wait_for_all("end")
+    except BaseException as error:
+        _end_others(index, error)
+        raise
+    jax.distributed.shutdown()
+
+
+def _filter_stderr() -> None:
+    """Passes stderr through last_words.py, from here to the end of the process."""
+    script = Path(__file__).with_name("last_words.py")
+    reader = subprocess.Popen(
+        [sys.executable, "-S", "-E", str(script)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    os.dup2(reader.stdin.fileno(), sys.stderr.fileno())
+    reader.stdin.close()
+
+
+def _end_with_others(index: int) -> None:
+    """Ends this process when another one tells of an error; runs in a thread."""
+    try:
+        failed = distributed.global_state.client.blocking_key_value_get(FAILED, DAYS_MS)
+    except jax.errors.JaxRuntimeError:
+        return  # the job is over
+    who, _, line = failed.partition(" ")
+    if int(who) == index:
+        return
+    if index == 0:
+        print(f"stopped: process {who} failed ({line})", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _end_others(index: int, error: BaseException) -> None:
+    """Tells the other processes that this one fails, and lets it go without waiting for them."""
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes):
+        # A broken connection looks like this before the service misses the process behind it.
+        time.sleep(HEARTBEAT_SECONDS + FIRST_SPEAKS_SECONDS)
+    elif index:
+        time.sleep(FIRST_SPEAKS_SECONDS)
+    line = " ".join(str(error).split()) or type(error).__name__
+    try:
+        distributed.global_state.client.key_value_set(FAILED, f"{index} {line}")
+    except jax.errors.JaxRuntimeError:
+        os._exit(1)  # another one was first and tells
+    # JAX would wait here for processes that are ending, and then complain.
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(FIRST_SPEAKS_SECONDS)  # while process 0 is here, others can learn of the error
+    os._exit(1)
+
+
+def is_first() -> bool:
+    """Whether this process writes the job's files."""
+    return jax.process_index() == 0
+
+
+def _wait_for_all(name: str) -> None:
+    multihost_utils.sync_global_devices(name)
+
+
+def first_alone(work: Callable[[], object], name: str) -> None:
+    """Does `work` in process 0; the others go on when it is done."""
+    if is_first():
+        work()
+    _wait_for_all(name)
+
+
+def first_before_others[T](work: Callable[[], T], name: str) -> T:
+    """Does `work` in process 0, then in the others, which find there what the first one made."""
+    if is_first():
+        result = work()
+        _wait_for_all(name)
+        return result
+    _wait_for_all(name)
+    return work()
+
+
+def of_first(value: int) -> int:
+    """Process 0's `value`, in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def check_same(text: str, what: str) -> None:
+    """Refuses a process whose `text` is not that of process 0.
+
+    Raises:
+      ConfigError: it isn't.
+    """
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+    if not np.array_equal(multihost_utils.broadcast_one_to_all(digest), digest):
+        raise ConfigError(
+            f"process {jax.process_index()}: {what} differs from process 0's; give all processes "
+            "the same command"
+        )
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Refuses a mesh that leaves out a process.
+
+    Raises:
+      ConfigError: some process has no device in it.
+    """
+    used = {device.process_index for device in mesh.devices.flat}
+    if len(used) < jax.process_count():
+        raise ConfigError(
+            f"mesh: {mesh.size} devices are in {len(used)} of {jax.process_count()} processes; "
+            f"the axes' product must reach every process ({jax.device_count()} devices are here)"
+        )
+
+
+def part_of_rows(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+    """(part, parts): this process' devices hold part number `part` of the `parts` equal, successive
+    parts of a global batch of `rows` rows. Processes may share a part.
+
+    Raises:
+      ConfigError: they hold rows that are not one such part.
+    """
+    mine = {
+        index[0].indices(rows)[:2]
+        for index in sharding.addressable_devices_indices_map((rows,)).values()
+    }
+    start, stop = min(a for a, _ in mine), max(b for _, b in mine)
+    size = stop - start
+    if sum(b - a for a, b in mine) < size or start % size or rows % size:
+        raise ConfigError(
+            f"mesh: process {jax.process_index()} would hold rows {sorted(mine)} of a batch; its "
+            "devices must be neighbours along the batch's axes"
+        )
+    return start // size, rows // size
+
+
+def to_global(batch: Mapping[str, np.ndarray], sharding: NamedSharding, *, rows: int) -> dict:
+    """This process' rows of a batch as arrays on the mesh, `rows` of all processes long."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
+        for name, x in batch.items()
+    }
+
+
+@contextlib.contextmanager
+def stop_wishes() -> Iterator[Callable[[int], bool]]:
+    """Yields f(step): whether to stop after this step; ask after every step.
+
+    One process: the first SIGTERM or SIGINT is a wish to stop, the second one kills as usual. Many:
+    SIGTERM at any of them is a wish for all, answered in all after the same step (JAX's preemption
+    service handles it); SIGINT the first time is the same.
+    """
+    asked = []
+    many = jax.process_count() > 1
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        asked.append(number)
+        name = signal.Signals(number).name
+        print(f"{name}: saving after this step; once more to stop at once", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+        if many:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    numbers = (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield multihost_utils.reached_preemption_sync_point if many else lambda step: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
