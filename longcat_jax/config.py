@@ -219,13 +219,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         _positive("mesh", self, *MESH_AXES)
-        for name in ("pipeline", "context"):
-            require(
-                getattr(self, name) == 1,
-                f"mesh.{name}",
-                getattr(self, name),
-                "1 (this axis is not built yet)",
-            )
+        require(
+            self.pipeline == 1, "mesh.pipeline", self.pipeline, "1 (this axis is not built yet)"
+        )
 
     @property
     def batch_shards(self) -> int:
@@ -522,6 +518,13 @@ class Config:
                 size,
                 f"divisible by mesh.fsdp * mesh.expert = {dense}",
             )
+        length, context = self.train.sequence_length, mesh.context
+        require(
+            context == 1 or length % (2 * context) == 0,
+            "train.sequence_length",
+            length,
+            f"divisible by 2 * mesh.context = {2 * context}",
+        )
         experts = self.model.n_routed_experts
         require(
             experts % mesh.expert == 0,

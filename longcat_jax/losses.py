@@ -12,9 +12,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import Config
 from longcat_jax.model.longcat import Params, Sequence, TrunkOutput, mtp_hidden, trunk
+from longcat_jax.parallel.context import zigzag
+from longcat_jax.sharding import (
+    DENSE,
+    TOKENS,
+    gather_parts,
+    on_shards,
+    scatter_sum,
+    vary_with_tokens,
+)
 
 Batch = dict[str, jax.Array]
 
@@ -30,7 +40,8 @@ def _chunk_logits(
     column ids [V] and first column. The last chunk is shifted left to stay inside the vocabulary.
     """
     start = jnp.minimum(index * width, head_DW.shape[1] - width)
-    weights_DV = jax.lax.dynamic_slice_in_dim(head_DW, start, width, axis=1).astype(hidden_RD.dtype)
+    weights_DV = jax.lax.dynamic_slice_in_dim(head_DW, start, width, axis=1)
+    weights_DV = gather_parts(weights_DV.astype(hidden_RD.dtype), DENSE, dim=0)
     logits_RV = jnp.matmul(hidden_RD, weights_DV, preferred_element_type=_wide(hidden_RD))
     columns_V = start + jnp.arange(width)
     mine_1V = (columns_V >= index * width)[None]
@@ -54,6 +65,7 @@ def _scan_forward(
         return (new_top_R, total_R, target_logit_R), None
 
     start = (jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros(rows, dtype))
+    start = jax.tree.map(vary_with_tokens, start)
     chunks = jnp.arange(-(-head_DW.shape[1] // width))
     (top_R, total_R, target_logit_R), _ = jax.lax.scan(step, start, chunks)
     return top_R + jnp.log(total_R), target_logit_R
@@ -66,7 +78,8 @@ def cross_entropy(
     """-log softmax(hidden @ head)[target] of every row [R], in at least float32 (nats).
 
     The vocabulary is walked in pieces of `chunk` columns, forward and backward (where the logits
-    are made again), so that [R, W] never stands in memory.
+    are made again), so that [R, W] never stands in memory. Inside of `on_shards` rows and head are
+    a device's own part: a piece of the head is whole only while it is used.
     """
     lse_R, target_logit_R = _scan_forward(
         hidden_RD, head_DW, targets_R, min(chunk, head_DW.shape[1])
@@ -96,13 +109,14 @@ def _cross_entropy_backward(chunk: int, residuals: tuple, dloss_R: jax.Array) ->
         wide = _wide(hidden_RD)
         dhidden_RD += jnp.matmul(dlogits_RV, weights_DV.T, preferred_element_type=wide)
         piece_DV = jnp.matmul(hidden_RD.T, dlogits_RV, preferred_element_type=wide)
+        piece_DV = scatter_sum(piece_DV, DENSE, dim=0)
         piece_DV += jax.lax.dynamic_slice_in_dim(dhead_DW, start, width, axis=1)
         dhead_DW = jax.lax.dynamic_update_slice_in_dim(dhead_DW, piece_DV, start, axis=1)
         return (dhidden_RD, dhead_DW), None
 
     start = (
-        jnp.zeros(hidden_RD.shape, _wide(hidden_RD)),
-        jnp.zeros(head_DW.shape, _wide(hidden_RD)),
+        vary_with_tokens(jnp.zeros(hidden_RD.shape, _wide(hidden_RD))),
+        vary_with_tokens(jnp.zeros(head_DW.shape, _wide(hidden_RD))),
     )
     chunks = jnp.arange(-(-head_DW.shape[1] // width))
     (dhidden_RD, dhead_DW), _ = jax.lax.scan(step, start, chunks)
@@ -176,14 +190,16 @@ class RouterCounts:
 
 
 def sequence_of(batch: Batch) -> Sequence:
-    """The T tokens that the model runs on."""
-    return Sequence(*(batch[name][:, :-1] for name in ("tokens", "positions", "segment_ids")))
+    """The T tokens that the model runs on, in the order of the mesh."""
+    names = ("tokens", "positions", "segment_ids")
+    return Sequence(*(zigzag(batch[name][:, :-1]) for name in names))
 
 
 def next_token_nats(params: Params, config: Config, batch: Batch, out: TrunkOutput) -> jax.Array:
-    """Cross-entropy of every target [B, T], 0 where there is none."""
+    """Cross-entropy of every target [B, T] in the order of the mesh, 0 where there is none."""
     has_next, _ = target_masks(batch)
-    return _masked_nats(params, config, out.hidden_BTD, batch["tokens"][:, 1:], has_next)
+    targets_BT = zigzag(batch["tokens"][:, 1:])
+    return _masked_nats(params, config, out.hidden_BTD, targets_BT, zigzag(has_next))
 
 
 def _masked_nats(
@@ -193,10 +209,14 @@ def _masked_nats(
     targets_BT: jax.Array,
     mask_BT: jax.Array,
 ) -> jax.Array:
-    rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    chunk = config.train.vocab_chunk
-    nats_R = cross_entropy(rows_RD, params["lm_head"], targets_BT.reshape(-1), chunk)
-    return jnp.where(mask_BT, nats_R.reshape(mask_BT.shape), 0)
+    def on_device(hidden_BTD: jax.Array, head_DW: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        rows_RD, chunk = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), config.train.vocab_chunk
+        head_DW = vary_with_tokens(head_DW)
+        nats_R = cross_entropy(rows_RD, head_DW, targets_BT.reshape(-1), chunk)
+        return nats_R.reshape(targets_BT.shape)
+
+    nats_of = on_shards(on_device, (TOKENS, P(DENSE), TOKENS), TOKENS)
+    return jnp.where(mask_BT, nats_of(hidden_BTD, params["lm_head"], targets_BT), 0)
 
 
 def loss_terms(
@@ -221,9 +241,10 @@ def loss_terms(
     mtp_loss = jnp.zeros((), totals.targets.dtype)
     if config.model.num_nextn_predict_layers and optim.mtp_weight:
         _, has_second = target_masks(batch)
-        hidden = mtp_hidden(params, config.model, out.hidden_BTD, batch["tokens"][:, 1:], sequence)
-        second_BT = jnp.pad(batch["tokens"][:, 2:], ((0, 0), (0, 1)))
-        nats = _masked_nats(params, config, hidden, second_BT, has_second)
+        next_BT = zigzag(batch["tokens"][:, 1:])
+        hidden = mtp_hidden(params, config.model, out.hidden_BTD, next_BT, sequence)
+        second_BT = zigzag(jnp.pad(batch["tokens"][:, 2:], ((0, 0), (0, 1))))
+        nats = _masked_nats(params, config, hidden, second_BT, zigzag(has_second))
         mtp_loss = nats.sum() / totals.mtp_targets
     valid_BT = sequence.segment_ids_BT != 0
     terms = LossTerms(

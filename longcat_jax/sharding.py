@@ -7,6 +7,7 @@ XLA, which would run them whole on every device: a function that calls one goes 
 Adding a logical axis: one line in RULES.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -110,14 +111,47 @@ def _inside_shards() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def gather_weight(shard: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> jax.Array:
-    """The whole weight of its parts along mesh `axes`, inside of `on_shards`.
+def _cutting(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the axes that have several devices, inside of `on_shards`."""
+    return tuple(axis for axis in axes if axis_size(axis) > 1) if _inside_shards() else ()
+
+
+def num_parts(axes: tuple[str, ...]) -> int:
+    """Into how many parts mesh `axes` cut an array; 1 outside of `on_shards`."""
+    return math.prod(axis_size(axis) for axis in _cutting(axes))
+
+
+def vary_with_tokens(x: jax.Array) -> jax.Array:
+    """`x` as one that differs between devices as tokens do; inside of `on_shards`.
+
+    A weight that every device has gets the sum of all their gradients through this, a loop's start
+    the type of its steps.
+    """
+    if not _inside_shards():
+        return x
+    here = jax.typeof(x).manual_axis_type.varying
+    missing = tuple(axis for axis in TOKEN_AXES if axis not in here)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def gather_parts(part: jax.Array, axes: tuple[str, ...], *, dim: int) -> jax.Array:
+    """The whole array of its parts along mesh `axes`, inside of `on_shards`."""
+    cutting = _cutting(axes)
+    return lax.all_gather(part, cutting, axis=dim, tiled=True) if cutting else part
+
+
+def scatter_sum(whole: jax.Array, axes: tuple[str, ...], *, dim: int) -> jax.Array:
+    """This device's part of the sum over mesh `axes`: the transpose of `gather_parts`."""
+    cutting = _cutting(axes)
+    if not cutting:
+        return whole
+    return lax.psum_scatter(whole, cutting, scatter_dimension=dim, tiled=True)
+
+
+def gather_weight(part: jax.Array, axes: tuple[str, ...], *, dim: int) -> jax.Array:
+    """The whole weight of its parts, inside of `on_shards`.
 
     Its gradient is summed over all devices' tokens: scattered back in the same parts first, then
     reduced over the axes that don't cut it.
     """
-    if not _inside_shards():
-        return shard
-    here = jax.typeof(shard).manual_axis_type.varying
-    shard = lax.pcast(shard, tuple(a for a in TOKEN_AXES if a not in here), to="varying")
-    return lax.all_gather(shard, axes, axis=dim, tiled=True)
+    return gather_parts(vary_with_tokens(part), axes, dim=dim)

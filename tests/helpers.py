@@ -1,7 +1,7 @@
 """A tiny model and batches for the tests of the model, the optimizer and the train step.
 
 All sizes differ pairwise and none is 1, so that a swapped dim cannot pass; those that a mesh of
-2 x 2 x 2 cuts divide by 4, and the batch by 8.
+2 x 2 x 2 cuts divide by 4, and batch and experts by 8.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from longcat_jax.train_step import (
     state_from_params,
 )
 
-BATCH, TOKENS = 16, 13
+BATCH, TOKENS = 16, 12
 
 SIZES = dict(
     vocab_size=44,
@@ -145,9 +145,13 @@ def trained(
     accumulate: int = 1,
     remat: str = "none",
     mesh: tuple[tuple[str, int], ...] = (),
+    parallel: tuple[tuple[str, Any], ...] = (),
+    model: tuple[tuple[str, Any], ...] = (),
 ) -> Trained:
     """Trains the tiny job from `random_params`; once a session. Call it inside of `exact`."""
-    config = tiny_config(train={"accumulate": accumulate, "remat": remat}, mesh=dict(mesh))
+    train = {"accumulate": accumulate, "remat": remat}
+    sections = {"mesh": dict(mesh), "parallel": dict(parallel), "model": dict(model)}
+    config = tiny_config(train=train, **sections)
     devices = make_mesh(config.mesh)
     weights = token_bytes(config)
 

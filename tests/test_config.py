@@ -46,9 +46,9 @@ WRONG = {
     "model.bos_token_id=44": ("model.bos_token_id=44", "< vocab_size = 44"),
     "model.num_nextn_predict_layers=2": ("model.num_nextn_predict_layers=2", "0 or 1"),
     "model.dtype=int8": ("model.dtype='int8'", "bfloat16, float16, float32, float64"),
-    "model.max_position_embeddings=12": (
-        "train.sequence_length=13",
-        "model.max_position_embeddings=12",
+    "model.max_position_embeddings=11": (
+        "train.sequence_length=12",
+        "model.max_position_embeddings=11",
     ),
     YARN % (0.5, 16, ""): ("model.rope_scaling.factor=0.5", ">= 1"),
     YARN % (4.0, 0, ""): ("original_max_position_embeddings=0", "> 0"),
@@ -61,7 +61,7 @@ WRONG = {
     "proxy.q_lora_rank=4": ("proxy.hidden_size=0", "another proxy width"),
     "mesh.data=0": ("mesh.data=0", "> 0"),
     "mesh.pipeline=2": ("mesh.pipeline=2", "not built yet"),
-    "mesh.context=2": ("mesh.context=2", "not built yet"),
+    "mesh.context=4": ("train.sequence_length=12", "divisible by 2 * mesh.context = 8"),
     "mesh.data=5": ("train.global_batch=16", "divisible by", "= 5"),
     "mesh.expert=3": (
         "model.hidden_size",
@@ -72,7 +72,7 @@ WRONG = {
     ),
     "parallel.expert_backend=ring": ("expert_backend='ring'", "auto, dense, allgather, all_to_all"),
     "parallel.token_chunks=0": ("parallel.token_chunks=0", "> 0"),
-    "parallel.token_chunks=3": ("parallel.token_chunks=3", "a divisor of the 208 tokens"),
+    "parallel.token_chunks=5": ("parallel.token_chunks=5", "a divisor of the 192 tokens"),
     "parallel.capacity_factor=0": ("parallel.capacity_factor=0.0", "> 0"),
     "parallel.dropless=1": ("parallel.dropless=1", "of type bool"),
     "train.steps=0": ("train.steps=0", "> 0"),

@@ -1,6 +1,6 @@
 """The mesh: sharded training equals one device's, nothing large replicated, one start anywhere."""
 
-import re
+import collections
 
 import jax
 import numpy as np
@@ -8,13 +8,29 @@ import pytest
 
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import ConfigError, MeshConfig, override
+from longcat_jax.parallel import hlo
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import make_mesh
 from longcat_jax.train_step import abstract_boxes, abstract_state, init_state
-from tests.helpers import exact, relative_error, tiny_config, trained
+from tests.helpers import (
+    TOKENS,
+    exact,
+    random_batch,
+    relative_error,
+    tiny_config,
+    trained,
+)
 
 MEBIBYTE = 2**20
-ALL = (("data", 2), ("fsdp", 2), ("expert", 2))
+DATA_EXPERT = (("data", 2), ("expert", 4))
+FSDP_CONTEXT_EXPERT = (("fsdp", 2), ("context", 2), ("expert", 2))
+CHUNKED = (("token_chunks", 2),)
+BACKENDS = [
+    (("expert_backend", "dense"),),
+    (("expert_backend", "allgather"),),
+    (("expert_backend", "all_to_all"), ("dropless", True)),
+    (("expert_backend", "all_to_all"), *CHUNKED),
+]
 
 
 def _by_path(tree):
@@ -22,46 +38,111 @@ def _by_path(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def _assert_equal(many, one):
+    for a, b in zip(many.losses, one.losses, strict=True):
+        assert relative_error(a, b) <= 1e-10
+    # Step 1's Adam moments hold the gradients; all of the state, the router bias too, follows.
+    for a, b in zip(many.states, one.states, strict=True):
+        assert relative_error(a, b) <= 1e-10
+    assert many.kept, "the step keeps shardings and dtypes"
+
+
+SLOW = [((("data", 2), ("fsdp", 2)), ())]
+SLOW += [(mesh, way) for mesh in (DATA_EXPERT, FSDP_CONTEXT_EXPERT) for way in BACKENDS]
+SLOW += [(DATA_EXPERT, CHUNKED)]
+
+
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(ALL, id="data x fsdp x expert", marks=pytest.mark.slow),
-        pytest.param(ALL[:2], id="data x fsdp"),
-        pytest.param(ALL[1:], id="fsdp x expert", marks=pytest.mark.slow),
-    ],
+    ("mesh", "parallel"),
+    [(FSDP_CONTEXT_EXPERT, CHUNKED)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
 )
-def test_training_on_a_mesh_equals_training_on_one_device(mesh):
+def test_training_on_a_mesh_equals_training_on_one_device(mesh, parallel):
     with exact():
-        one, many = trained(), trained(mesh=mesh)
-        for a, b in zip(many.losses, one.losses, strict=True):
-            assert relative_error(a, b) <= 1e-10
-        # Step 1's Adam moments hold the gradients; all of the state, the router bias too, follows.
-        for a, b in zip(many.states, one.states, strict=True):
-            assert relative_error(a, b) <= 1e-10
-        assert many.kept, "the step keeps shardings and dtypes"
+        _assert_equal(trained(mesh=mesh, parallel=parallel), trained())
 
 
-def test_collectives_gather_weights_and_not_the_residual_stream():
-    """Weights are gathered where they are used (FSDP), never the residual stream."""
-    config = tiny_config()
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [*BACKENDS, CHUNKED])
+def test_eight_expert_parallel_devices_equal_one(parallel):
+    sizes = (("vocab_size", 48), ("q_lora_rank", 32), ("kv_lora_rank", 40))  # that 8 divides
     with exact():
-        boxed = jax.tree.leaves(unbox(abstract_boxes(config)))
-    weights = {tuple(sorted(leaf.shape)) for leaf in boxed}
-    weights |= {tuple(sorted(leaf.shape[1:])) for leaf in boxed}  # of one layer
-    activation = config.train.global_batch * config.train.sequence_length * config.model.hidden_size
+        many = trained(mesh=(("expert", 8),), parallel=parallel, model=sizes)
+        _assert_equal(many, trained(model=sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [DATA_EXPERT, FSDP_CONTEXT_EXPERT])
+def test_float32_loss_on_a_mesh_is_that_of_one_device(mesh):
+    narrow = (("dtype", "float32"),)
     with exact():
-        found = _all_gathers(trained(mesh=ALL[:2]).compiled)
-        assert not _all_gathers(trained().compiled)
-    assert {tuple(sorted(shape)) for shape in found} & weights, "FSDP gathers its weights"
-    for shape in found:
-        known = tuple(sorted(size for size in shape if size > 1)) in weights
-        assert known or np.prod(shape) < activation, f"all-gather of {shape}"
+        many, one = trained(mesh=mesh, model=narrow), trained(model=narrow)
+        assert many.losses[0]["loss"] == pytest.approx(one.losses[0]["loss"], rel=2e-5)
 
 
-def _all_gathers(compiled: str) -> list[tuple[int, ...]]:
-    """Shapes of the float arrays that come out of all-gathers."""
-    shapes = re.findall(r"= f\d+\[([\d,]*)\]\S* all-gather\(", compiled)
-    return [tuple(map(int, shape.split(","))) for shape in shapes]
+@pytest.mark.slow
+def test_what_a_capacity_leaves_out_is_in_the_step_s_metrics():
+    short = (("dropless", False), ("capacity_factor", 0.4))
+    with exact():
+        metrics = trained(mesh=DATA_EXPERT, parallel=short).losses[0]
+        real = metrics["experts_per_token"]
+    config, tokens = tiny_config(), (random_batch(tiny_config())["segment_ids"][:, :-1] != 0).sum()
+    # Padding is routed, too, so that more than the counted tokens want room.
+    room = 0.4 * config.model.moe_topk_real * config.train.global_batch * TOKENS
+    layers = config.model.num_layers
+    assert metrics["selections_left_out"] >= layers * (real * tokens - room) > 0
+
+
+def _found(mesh, parallel):
+    with exact():
+        program = hlo.parse(trained(mesh=mesh, parallel=parallel).compiled)
+    return hlo.collectives(program, dict(mesh))
+
+
+def test_collectives_are_those_of_the_design():
+    """Weights are gathered where they are used; tokens over expert, latents over context, no more.
+
+    Bytes are those of the whole array on a device.
+    """
+    found, config = _found(FSDP_CONTEXT_EXPERT, CHUNKED), tiny_config()
+    model, layers, chunks = config.model, config.model.num_layers, 2
+    traveling = collections.Counter()
+    for one in found:
+        assert one.axes is not None, one
+        if one.kind != "all-reduce" and one.axes in (("expert",), ("context",)):
+            traveling[one.kind, one.axes, one.payload] += one.times
+    float64, tokens = 8, config.train.global_batch * TOKENS // 4 // chunks  # of an expert group
+    x, gates = tokens * model.hidden_size * float64, tokens * model.moe_topk * float64
+    wanted = {
+        ("all-gather", x): 2,  # tokens, and the sums' gradient
+        ("all-gather", gates): 1,
+        ("all-gather", gates // 2): 1,  # int32 ids
+        ("reduce-scatter", x): 2,
+        ("reduce-scatter", gates): 1,
+    }
+    wanted = {(k, ("expert",), b): n * layers * chunks for (k, b), n in wanted.items()}
+    latents = config.train.global_batch // 4 * TOKENS * model.latent_dim * float64
+    for kind in ("all-gather", "reduce-scatter"):
+        wanted[kind, ("context",), latents] = 2 * layers + 1  # MTP's
+    assert traveling == wanted
+
+    with exact():
+        sizes = {leaf.size for leaf in jax.tree.leaves(unbox(abstract_boxes(config)))}
+    sizes |= {size // layers for size in sizes}
+    sizes |= {size // 2 for size in sizes}  # experts, cut in two over expert
+    sizes |= {model.hidden_size * config.train.vocab_chunk}
+    gathered = 0
+    for one in found:
+        if one.kind in ("all-gather", "reduce-scatter") and "fsdp" in one.axes:
+            assert one.payload // float64 in sizes, one
+            gathered += one.kind == "all-gather"
+        assert one.kind in ("all-gather", "all-reduce", "reduce-scatter"), one
+    assert gathered > 20
+
+
+def test_one_device_sends_nothing():
+    with exact():
+        assert not hlo.collectives(hlo.parse(trained().compiled), {})
 
 
 @pytest.mark.parametrize(("fsdp", "expert"), [(8, 1), (2, 4), (1, 8)])

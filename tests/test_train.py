@@ -167,7 +167,7 @@ def test_log_has_what_it_promises(trained: Path) -> None:
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert [line["step"] for line in evaluations] == [20, 40, 60]
     wanted = "loss_total mtp_loss balance_loss z_loss grad_norm learning_rate pid_mu bits_per_byte"
-    wanted += " experts_per_token experts_per_token_std max_load max_load_mean"
+    wanted += " experts_per_token experts_per_token_std max_load max_load_mean selections_left_out"
     for name in (*wanted.split(), *TIMES):
         assert all(isinstance(line[name], float) for line in steps), name
     assert all(0 <= line["input_wait"] < 1 for line in steps)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from longcat_jax.model.remat import keep
 from pallas_kernels import gather_combine, gather_rows, grouped_gemm
 
 
@@ -68,6 +69,7 @@ def real_experts(
     num_rows = T * min(K, num_experts) if num_rows is None else num_rows
     order = permute_by_expert(experts_TK, num_experts, num_rows)
     rows_RD = gather_rows(x_TD, order.token_of_row_R, order.row_of_slot_TK)
-    gate_RF, up_RF = jnp.split(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X), 2, axis=-1)
-    rows_RD = grouped_gemm(jax.nn.silu(gate_RF) * up_RF, down_XFD, order.group_sizes_X)
+    wide_RF = keep(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X))
+    gate_RF, up_RF = jnp.split(wide_RF, 2, axis=-1)
+    rows_RD = keep(grouped_gemm(jax.nn.silu(gate_RF) * up_RF, down_XFD, order.group_sizes_X))
     return gather_combine(rows_RD, order.row_of_slot_TK, gates_TK)

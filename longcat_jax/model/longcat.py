@@ -25,6 +25,7 @@ from longcat_jax.model.norm import rms_norm
 from longcat_jax.model.remat import rematerialised
 from longcat_jax.model.rope import rope_table
 from longcat_jax.model.router import RouterStatistics, router_statistics
+from longcat_jax.parallel.context import natural
 from longcat_jax.parameters import embedding, matrix, norm_weight, scale_variance, stack_layers
 from longcat_jax.sharding import constrain_activations, without_mesh
 
@@ -34,7 +35,7 @@ Params = dict[str, Any]
 @struct.dataclass
 class Sequence:
     """Tokens with their places. Packed rows hold several segments, each with positions of its
-    own.
+    own. On a mesh with a context axis tokens are in its order (parallel/context.py).
     """
 
     tokens_BT: jax.Array
@@ -113,6 +114,11 @@ def _abstract(config: ModelConfig, proxy: ProxyConfig | None, wide: bool) -> Par
     return jax.eval_shape(lambda key: init(config, key, proxy), jax.random.key(0))
 
 
+def _attention_input(config: ModelConfig, sequence: Sequence) -> AttentionInput:
+    table = rope_table(config, sequence.positions_BT)
+    return AttentionInput(table, natural(sequence.segment_ids_BT))
+
+
 def working_layers(params: Params, config: ModelConfig) -> Params:
     """The stacked layers in the dtype that blocks compute in; routers keep their own.
 
@@ -148,7 +154,7 @@ def trunk(
       router_shift_LE: zeros added to every p, to differentiate by; None: not added.
     """
     c, block = config, Block(config, parallel or ParallelConfig())
-    tokens = AttentionInput(rope_table(c, sequence.positions_BT), sequence.segment_ids_BT)
+    tokens = _attention_input(c, sequence)
     valid_BT = sequence.segment_ids_BT != 0
 
     def layer(x_BTD: jax.Array, scanned: tuple) -> tuple:
@@ -175,7 +181,7 @@ def mtp_hidden(
     sequence: Sequence,
 ) -> jax.Array:
     """MTP head's normed hidden states [B, T, D]; positions and segments are those of `sequence`."""
-    tokens = AttentionInput(rope_table(config, sequence.positions_BT), sequence.segment_ids_BT)
+    tokens = _attention_input(config, sequence)
     apply = MTPHead(config).apply
     return apply({"params": params["mtp"]}, hidden_BTD, next_tokens_BT, tokens)[0]
 

@@ -8,16 +8,21 @@ B batch, T tokens, S cache entries, D model, H heads, Q query rank, C latent ran
 rope dim, V value dim, U = C + P the cached width.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
 from longcat_jax.model.norm import rms_norm
 from longcat_jax.model.remat import keep
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
+from longcat_jax.parallel.context import attend_in_place, gather_row
 from longcat_jax.parameters import matrix, norm_weight
+from longcat_jax.sharding import BATCH_AXES, DENSE, TOKENS, gather_weight, on_shards
 from pallas_kernels import flash_mla, mla_decode
 
 
@@ -29,7 +34,9 @@ class AttentionInput:
 
     rope: RopeTable
     segment_ids_BT: jax.Array | None = None
-    """Tokens see tokens of their own segment only; None: one segment a row."""
+    """Tokens see tokens of their own segment only; None: one segment a row. In natural order, also
+    where the tokens themselves are in that of the mesh (parallel/context.py).
+    """
 
 
 @struct.dataclass
@@ -81,22 +88,44 @@ def _up_projections(config: ModelConfig, kv_b: jax.Array) -> tuple[jax.Array, ja
     return w[..., : c.qk_nope_head_dim], w[..., c.qk_nope_head_dim :]
 
 
+def _attend(
+    config: ModelConfig,
+    q_BTHQ: jax.Array,
+    latent_BTU: jax.Array,
+    kv_b: jax.Array,
+    segment_ids_BS: jax.Array | None,
+) -> jax.Array:
+    """A device's queries against the keys of the whole row [B, T, H, V]."""
+    c, latent_BSU = config, gather_row(latent_BTU)
+    B, S, _ = latent_BSU.shape
+    kv = latent_BSU[..., : c.kv_lora_rank] @ gather_weight(kv_b, DENSE, dim=0)
+    kv = kv.reshape(B, S, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
+
+    def attend(q_BTHQ: jax.Array, offset: jax.Array | None) -> jax.Array:
+        return flash_mla(
+            q_BTHQ,
+            kv[..., : c.qk_nope_head_dim],
+            kv[..., c.qk_nope_head_dim :],
+            scale=attention_scale(c),
+            segment_ids=segment_ids_BS,
+            k_rope=latent_BSU[..., c.kv_lora_rank :],
+            q_offset=offset,
+        )
+
+    return attend_in_place(attend, q_BTHQ)
+
+
 def expanded(
     config: ModelConfig, x_BTD: jax.Array, weights: dict, tokens: AttentionInput
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention among the T tokens themselves -> (output [B, T, D], latent [B, T, U])."""
     c, (B, T, _) = config, x_BTD.shape
     latent_BTU = _latent(c, x_BTD, weights, tokens.rope)
-    kv = latent_BTU[..., : c.kv_lora_rank] @ weights["kv_b_proj"]
-    kv = kv.reshape(B, T, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
-    out_BTHV = flash_mla(
-        jnp.concatenate(_query(c, x_BTD, weights, tokens.rope), axis=-1),
-        kv[..., : c.qk_nope_head_dim],
-        kv[..., c.qk_nope_head_dim :],
-        scale=attention_scale(c),
-        segment_ids=tokens.segment_ids_BT,
-        k_rope=latent_BTU[..., c.kv_lora_rank :],
+    q_BTHQ = jnp.concatenate(_query(c, x_BTD, weights, tokens.rope), axis=-1)
+    on_device = on_shards(
+        functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
     )
+    out_BTHV = on_device(q_BTHQ, latent_BTU, weights["kv_b_proj"], tokens.segment_ids_BT)
     return keep(out_BTHV).reshape(B, T, -1) @ weights["o_proj"], latent_BTU
 
 

@@ -12,9 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
 from longcat_jax.parameters import router_bias, router_matrix
+from longcat_jax.sharding import TOKENS, on_shards
 
 
 @struct.dataclass
@@ -130,7 +132,13 @@ class Router(nn.Module):
         p_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         if shift_E is not None:
             p_BTE = p_BTE + shift_E[None, None]
-        choice = jax.lax.stop_gradient(p_BTE + bias_E[None, None])
-        _, experts_BTK = jax.lax.top_k(choice, c.moe_topk)
-        gates_BTK = c.routed_scaling_factor * select(p_BTE, experts_BTK)
-        return Routing(gates_BTK, experts_BTK, p_BTE)
+
+        def choose(p_BTE: jax.Array, bias_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+            choice_BTE = jax.lax.stop_gradient(p_BTE) + bias_E[None, None]
+            _, experts_BTK = jax.lax.top_k(choice_BTE, c.moe_topk)
+            return select(p_BTE, experts_BTK), experts_BTK
+
+        # XLA would gather all tokens for the sort.
+        on_device = on_shards(choose, (TOKENS, P()), (TOKENS, TOKENS))
+        selected_BTK, experts_BTK = on_device(p_BTE, jax.lax.stop_gradient(bias_E))
+        return Routing(c.routed_scaling_factor * selected_BTK, experts_BTK, p_BTE)

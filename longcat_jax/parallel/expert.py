@@ -139,6 +139,14 @@ def capacity(num_tokens: int, config: ModelConfig, parallel: ParallelConfig) -> 
     return math.ceil(num_tokens * config.moe_topk_real * parallel.capacity_factor)
 
 
+def chosen(parallel: ParallelConfig, devices: int) -> tuple[str, bool]:
+    """Back-end, and whether it is dropless, on an expert axis of so many devices."""
+    large, backend, dropless = devices >= LARGE, parallel.expert_backend, parallel.dropless
+    if backend == "auto":
+        backend = "all_to_all" if large else "allgather"
+    return backend, not large if dropless is None else dropless
+
+
 def mixture(
     tokens: Selected, weights: Weights, *, config: ModelConfig, parallel: ParallelConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -153,12 +161,7 @@ def mixture(
     Returns:
       sums [B, T, D] and the number of selections left out, over all devices.
     """
-    large = axis_size(AXIS) >= LARGE
-    backend, dropless = parallel.expert_backend, parallel.dropless
-    if backend == "auto":
-        backend = "all_to_all" if large else "allgather"
-    if dropless is None:
-        dropless = not large
+    backend, dropless = chosen(parallel, axis_size(AXIS))
 
     def flat(a_BTD: jax.Array) -> jax.Array:
         return a_BTD.reshape(-1, a_BTD.shape[-1])
@@ -173,8 +176,8 @@ def mixture(
     def on_device(tokens: Selected, weights: Weights) -> tuple[jax.Array, jax.Array]:
         shape, chunks = tokens.x_TD.shape, parallel.token_chunks
         whole = Weights(
-            gather_weight(weights.gate_up_XDF, "fsdp", dim=1),
-            gather_weight(weights.down_XFD, "fsdp", dim=2),
+            gather_weight(weights.gate_up_XDF, ("fsdp",), dim=1),
+            gather_weight(weights.down_XFD, ("fsdp",), dim=2),
         )
         pieces = jax.tree.map(lambda a: jnp.split(flat(a), chunks), tokens)
         # A Python loop, so that a chunk's exchange can run beside another chunk's products.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from longcat_jax.config import MeshConfig, ParallelConfig
-from longcat_jax.parallel import expert
+from longcat_jax.parallel import expert, hlo
 from longcat_jax.parallel.expert import Selected, Weights, mixture
 from longcat_jax.sharding import make_mesh
 from tests.helpers import exact, relative_error, tiny_config
@@ -170,3 +170,20 @@ def test_defaults_follow_the_size_of_the_expert_axis(monkeypatch, arrays):
                 lambda t, w: mixture(t, w, config=MODEL, parallel=ParallelConfig()), tokens, weights
             )
     assert used == [("allgather", True), ("all_to_all", False)]
+
+
+def test_traffic_at_capacity_factor_1_is_the_budget_s_share_of_all_slots(arrays):
+    tokens, weights, _ = arrays
+    parallel = ParallelConfig(expert_backend="all_to_all", dropless=False, capacity_factor=1.0)
+    with jax.set_mesh(make_mesh(DATA_2_EXPERT_4)):
+        run = jax.jit(lambda t, w: mixture(t, w, config=MODEL, parallel=parallel))
+        program = hlo.parse(run.lower(tokens, weights).compile().as_text())
+    float64, own = 8, B * T // 8
+    sent = [
+        one.payload
+        for one in hlo.collectives(program, {"data": 2, "expert": 4})
+        if one.kind == "all-to-all"
+    ]
+    slots = own * K * D * float64
+    *_, there, back = sorted(sent)  # gates and ids are smaller
+    assert there == back == slots * MODEL.moe_topk_real / K
