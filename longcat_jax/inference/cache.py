@@ -3,8 +3,8 @@
 `prefill` runs whole prompts through the training forward pass and keeps their latents; `extend`
 runs a few more tokens per row in absorbed form (model/mla.py) over what is cached.
 
-L layers, A the two attentions of a block, B batch, T tokens of this pass, S capacity, D model, U
-cached width.
+L layers, A the two attentions of a block, B batch, R = L A B rows, T tokens of this pass, S
+capacity, D model, U cached width.
 """
 
 import jax
@@ -56,22 +56,23 @@ def extend(
     The caller sees to it that no length grows past the capacity.
     """
     c, lengths_B = config, cache.lengths_B
+    L, A, B, S, U = cache.entries_LABSU.shape
     positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     tokens = AttentionInput(rope_table(c, positions_BT))
 
     def layer(carry: tuple, scanned: tuple) -> tuple:
         # The cache is carried, not scanned over: it is updated in place, never copied.
-        (x_BTD, entries_LABSU), (weights, index) = carry, scanned
-        caches = tuple(LatentCache(entries, lengths_B) for entries in entries_LABSU[index])
-        x_BTD, out = Block(c).apply({"params": weights}, x_BTD, tokens, caches)
-        longer_ABSU = jnp.stack([longer.entries_BSU for longer in out.attention])
-        return (x_BTD, entries_LABSU.at[index].set(longer_ABSU)), None
+        (x_BTD, entries_RSU), (weights, first_row) = carry, scanned
+        latents = LatentCache(entries_RSU, lengths_B, first_row)
+        x_BTD, out = Block(c).apply({"params": weights}, x_BTD, tokens, latents)
+        return (x_BTD, out.attention[1].entries_RSU), None
 
     x_BTD = embed(params["embed_tokens"], tokens_BT, jnp.dtype(c.dtype))
-    (x_BTD, entries_LABSU), _ = jax.lax.scan(
+    (x_BTD, entries_RSU), _ = jax.lax.scan(
         layer,
-        (x_BTD, cache.entries_LABSU),
-        (params["layers"], jnp.arange(c.num_layers, dtype=jnp.int32)),
+        (x_BTD, cache.entries_LABSU.reshape(L * A * B, S, U)),
+        (params["layers"], jnp.arange(L, dtype=jnp.int32) * (A * B)),
     )
     hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
+    entries_LABSU = entries_RSU.reshape(L, A, B, S, U)
     return hidden_BTD, Cache(entries_LABSU, lengths_B + tokens_BT.shape[1])

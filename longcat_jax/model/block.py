@@ -29,7 +29,9 @@ class BlockOutput:
     left_out: jax.Array
     """Selections that found no room on their way to an expert (parallel/expert.py)."""
     attention: tuple[jax.Array, jax.Array] | tuple[LatentCache, LatentCache]
-    """Both attentions' latents [B, T, U] of these tokens, or their extended caches."""
+    """Both attentions' latents [B, T, U] of these tokens, or their extended caches, of which the
+    second holds what either has written.
+    """
 
 
 class Block(nn.Module):
@@ -43,27 +45,27 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         tokens: AttentionInput,
-        caches: tuple[LatentCache, LatentCache] | None = None,
+        cache: LatentCache | None = None,
         router_shift_E: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
-        """[B, T, D] -> ([B, T, D], BlockOutput)."""
+        """[B, T, D] -> ([B, T, D], BlockOutput); the cache is the first attention's, the second's
+        rows follow.
+        """
         c = self.config
-        cache_0, cache_1 = caches or (None, None)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return rms_norm(x, self.param(name, norm_weight(c), (c.hidden_size,)), c.rms_norm_eps)
 
-        out, latent_0 = MLA(c, name="self_attn_0")(
-            norm("input_layernorm_0", x_BTD), tokens, cache_0
-        )
+        out, latent_0 = MLA(c, name="self_attn_0")(norm("input_layernorm_0", x_BTD), tokens, cache)
+        if cache is not None:
+            first_row = cache.first_row + x_BTD.shape[0]
+            cache = cache.replace(entries_RSU=latent_0.entries_RSU, first_row=first_row)
         x_BTD = keep(x_BTD + out)
         h_BTD = norm("post_attention_layernorm_0", x_BTD)
         moe = MoE(c, self.parallel, name="mlp")
         shortcut, routing, left_out = moe(h_BTD, router_shift_E)
         x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD))
-        out, latent_1 = MLA(c, name="self_attn_1")(
-            norm("input_layernorm_1", x_BTD), tokens, cache_1
-        )
+        out, latent_1 = MLA(c, name="self_attn_1")(norm("input_layernorm_1", x_BTD), tokens, cache)
         x_BTD = keep(x_BTD + out)
         x_BTD += FFN(c, name="mlps_1")(norm("post_attention_layernorm_1", x_BTD))
         return x_BTD + shortcut, BlockOutput(routing, left_out, (latent_0, latent_1))

@@ -4,8 +4,8 @@ Two forms of the same function: `expanded` (training, prefill: K and V of every 
 the latent) and `absorbed` (decoding: W_kb is folded into the query, W_vb into the output, attention
 runs over the cached latent).
 
-B batch, T tokens, S cache entries, D model, H heads, Q query rank, C latent rank, N nope dim, P
-rope dim, V value dim, U = C + P the cached width.
+B batch, T tokens, R rows of a cache, S cache entries, D model, H heads, Q query rank, C latent
+rank, N nope dim, P rope dim, V value dim, U = C + P the cached width.
 """
 
 import functools
@@ -41,22 +41,34 @@ class AttentionInput:
 
 @struct.dataclass
 class LatentCache:
-    """One attention's cache: normed and scaled latent, then the rotated rope key."""
+    """One attention's cache: B rows of all that the attentions of a model hold together.
 
-    entries_BSU: jax.Array
+    They are passed on together, written in place and read where they are: a slice for every
+    attention would be copied out and back in every step.
+    """
+
+    entries_RSU: jax.Array
+    """Normed and scaled latent, then the rotated rope key."""
     lengths_B: jax.Array
     """Entries in use, the tokens of this call included once they are written."""
+    first_row: jax.Array | int = 0
+    """This attention's row b is row first_row + b."""
+
+    @property
+    def rows_B(self) -> jax.Array:
+        """This attention's rows."""
+        return self.first_row + jnp.arange(self.lengths_B.shape[0], dtype=jnp.int32)
 
 
 def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     """Appends T entries to every row."""
-
-    def row(entries_SU: jax.Array, new_TU: jax.Array, length: jax.Array) -> jax.Array:
-        start = (length, jnp.zeros_like(length))
-        return jax.lax.dynamic_update_slice(entries_SU, new_TU.astype(entries_SU.dtype), start)
-
-    entries = jax.vmap(row)(cache.entries_BSU, latent_BTU, cache.lengths_B)
-    return LatentCache(entries, cache.lengths_B + latent_BTU.shape[1])
+    T, entries_RSU = latent_BTU.shape[1], cache.entries_RSU
+    places_BT = cache.lengths_B[:, None] + jnp.arange(T, dtype=cache.lengths_B.dtype)[None]
+    rows_BT = jnp.broadcast_to(cache.rows_B[:, None], places_BT.shape)
+    entries_RSU = entries_RSU.at[rows_BT, places_BT].set(
+        latent_BTU.astype(entries_RSU.dtype), unique_indices=True
+    )
+    return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
 
 
 def _query(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> tuple:
@@ -144,10 +156,11 @@ def absorbed(
     q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
     out_BTHC = mla_decode(
         q_BTHU,
-        cache.entries_BSU,
+        cache.entries_RSU,
         cache.lengths_B,
         scale=attention_scale(c),
         value_dim=c.kv_lora_rank,
+        block_tables_BP=cache.rows_B[:, None],
     )
     out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHC, w_uv_CHV)
     return out_BTHV.reshape(B, T, -1) @ weights["o_proj"], cache

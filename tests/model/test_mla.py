@@ -97,9 +97,9 @@ def test_absorbed_attention_over_a_cache_equals_the_expanded_one(attention, step
         parts.append(part)
         start += count
     assert relative_error(jnp.concatenate(parts, axis=1), whole) <= 1e-12
-    assert relative_error(cache.entries_BSU[:, :TOKENS], latent) <= 1e-14
+    assert relative_error(cache.entries_RSU[:, :TOKENS], latent) <= 1e-14
     np.testing.assert_array_equal(cache.lengths_B, [TOKENS] * ROWS)
-    assert np.isnan(cache.entries_BSU[:, TOKENS:]).all()
+    assert np.isnan(cache.entries_RSU[:, TOKENS:]).all()
 
 
 def test_rotation_turns_interleaved_pairs_and_depends_on_distance_only():
