@@ -130,12 +130,10 @@ def exact_product_and_gradients(lhs, rhs, sizes, dout):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("widths", [(256, 384), (200, 72)])
+@pytest.mark.parametrize("dtype, contract, width", [("bfloat16", 256, 384), ("float16", 200, 72)])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_grouped_gemm_equals_naive(groups, widths, dtype):
+def test_grouped_gemm_equals_naive(groups, dtype, contract, width):
     sizes, rng = GROUPS[groups], np.random.default_rng(0)
-    contract, width = widths
     shapes = (ROWS, contract), (len(sizes), contract, width), (ROWS, width)
     lhs, rhs, dout = (jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
     expected = exact_product_and_gradients(lhs, rhs, sizes, dout)
@@ -179,7 +177,7 @@ def test_scatter_add_adds_in_its_order(case, dtype, width):
 def test_scatter_add_has_the_bits_of_mosaic():
     if _common.compute_capability() != _common.HOPPER:
         pytest.skip("Mosaic's kernels need Hopper")
-    shape = scatter_shapes.Shape(30000, 1536, 500)
+    shape = scatter_shapes.Shape(9000, 640, 500)
     ids = jnp.asarray(ids_of("half on one", shape.rows, shape.destinations), jnp.int32)
     draw = helpers.values_of_many_magnitudes(np.random.default_rng(5), shape.rows, shape.width)
     values = jnp.asarray(draw, jnp.bfloat16)
