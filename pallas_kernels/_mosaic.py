@@ -51,3 +51,16 @@ def multiply_add(sums: jax.Array, a: Any, b: Any) -> jax.Array:
       b: in shared memory.
     """
     return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(sums))
+
+
+def add_smem_to_gmem(part: Any, out: Any) -> None:
+    """Starts adding shared memory to device memory, in L2: the values there never come here.
+
+    Bitwise repeatable where no other addition touches the same numbers; subnormal ones may become
+    zero. The interpreter does not know it: tests replace this.
+
+    Args:
+      part: what is added, in shared memory.
+      out: float32 in device memory.
+    """
+    plgpu.copy_smem_to_gmem(part, out, reduction_op="add")

@@ -23,10 +23,8 @@ PRODUCT = Tiling()
 GRADIENT = Tiling(pair="rows")
 
 
-def _call(
-    body: Any, out_type: jax.ShapeDtypeStruct, scratch: pipeline.Buffers, *operands: Any
-) -> jax.Array:
-    out = plgpu.kernel(
+def _launch(body: Any, out_type: Any, scratch: pipeline.Buffers, *operands: Any) -> Any:
+    return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=(scratch,),
@@ -37,7 +35,6 @@ def _call(
         num_threads=pipeline.COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
     )(*operands)
-    return _common.vary(out, _common.varying_axes(*jax.tree.leaves(operands)))
 
 
 def _shared(tiling: Tiling, operand: str) -> tuple[str, ...]:
@@ -158,6 +155,7 @@ def _gradient_kernel(
     buffers: pipeline.Buffers,
     *,
     tiling: Tiling,
+    adds: bool,
 ) -> None:
     warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("pair")
     num_groups, height, width = drhs.shape
@@ -212,7 +210,9 @@ def _gradient_kernel(
     def target(tile: tuple[Any, ...]) -> pipeline.Target:
         g, row, column = tile
         zero = warpgroup * 0
-        return pipeline.Target(rows.group_G[g], row + warpgroup * CHUNK, column, zero, zero + CHUNK)
+        # The zeros of an empty group must be written, but need not be added.
+        high = jnp.where(rows.steps_G[g] == 0, zero, CHUNK) if adds else zero + CHUNK
+        return pipeline.Target(rows.group_G[g], row + warpgroup * CHUNK, column, zero, high)
 
     pipeline.run(
         pipeline.Work(
@@ -225,97 +225,75 @@ def _gradient_kernel(
             target=target,
             window=lambda group, rows, columns: drhs.at[group, rows, columns],
             finish=lambda: None,
+            adds=adds,
         ),
         buffers,
         tiling,
     )
 
 
+def _padded(x_RW: jax.Array) -> jax.Array:
+    """With rows added until TMA can read it: whole groups of 8, no fewer than a box has."""
+    num_rows = x_RW.shape[0]
+    padded = max(-(-num_rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, TILE_ROWS)
+    return jnp.pad(x_RW, ((0, padded - num_rows), (0, 0)))
+
+
 def product(
     lhs_RK: jax.Array,
     rhs: jax.Array,
-    tiles: schedule.RowTiles,
+    group_sizes_G: jax.Array,
     *,
+    dtype: Any,
     transposed: bool = False,
     tiling: Tiling = PRODUCT,
 ) -> jax.Array:
-    """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed."""
+    """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed; in `dtype`."""
+    num_rows, width = lhs_RK.shape[0], rhs.shape[1 if transposed else 2]
+    lhs_RK = _padded(lhs_RK)
+    # XLA computes each table once for all products of a layer: equal operations are merged.
+    tiles = schedule.row_tiles(group_sizes_G, lhs_RK.shape[0], tiling.cluster_rows)
     rows, columns = (tiling.depth, tiling.columns), (tiling.columns, tiling.depth)
     scratch = pipeline.buffer_types(
         tiling,
         (TILE_ROWS, tiling.depth),
         columns if transposed else rows,
-        (lhs_RK.dtype, lhs_RK.dtype),
+        (lhs_RK.dtype, dtype),
     )
-    width = rhs.shape[1 if transposed else 2]
     body = functools.partial(_product_kernel, tiling=tiling, transposed=transposed)
-    out_type = jax.ShapeDtypeStruct((lhs_RK.shape[0], width), lhs_RK.dtype)
-    return _call(body, out_type, scratch, tiles, lhs_RK, rhs)
+    out_type = jax.ShapeDtypeStruct((lhs_RK.shape[0], width), dtype)
+    out_RN = _launch(body, out_type, scratch, tiles, lhs_RK, rhs)[:num_rows]
+    return _common.vary(out_RN, _common.varying_axes(lhs_RK))
 
 
 def weight_gradient(
     lhs_RK: jax.Array,
     dout_RN: jax.Array,
-    rows: schedule.RowSteps,
+    group_sizes_G: jax.Array,
     *,
     dtype: Any,
+    accumulate_GKN: jax.Array | None = None,
     tiling: Tiling = GRADIENT,
 ) -> jax.Array:
-    """Sum over each group's rows of lhs[r]^T dout[r]: [G, K, N] in `dtype`."""
+    """Sum over each group's rows of lhs[r]^T dout[r]: [G, K, N] in `dtype`; plus
+    `accumulate_GKN`, in its memory where XLA can spare that.
+    """
+    lhs_RK, dout_RN = _padded(lhs_RK), _padded(dout_RN)
+    steps = schedule.row_steps(group_sizes_G, lhs_RK.shape[0])
     scratch = pipeline.buffer_types(
         tiling, (CHUNK, TILE_ROWS), (CHUNK, tiling.columns), (lhs_RK.dtype, dtype)
     )
-    shape = (rows.group_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
 
     def edge(x_RW: jax.Array) -> jax.Array:
-        return x_RW.at[rows.edge_rows_GE].get(mode="fill", fill_value=0)
+        return x_RW.at[steps.edge_rows_GE].get(mode="fill", fill_value=0)
 
-    body = functools.partial(_gradient_kernel, tiling=tiling)
-    return _call(
-        body,
-        jax.ShapeDtypeStruct(shape, dtype),
-        scratch,
-        rows,
-        lhs_RK,
-        edge(lhs_RK),
-        dout_RN,
-        edge(dout_RN),
-    )
-
-
-def _tiles(group_sizes_G: jax.Array, num_rows: int) -> schedule.RowTiles:
-    return schedule.row_tiles(group_sizes_G, num_rows, PRODUCT.cluster_rows)
-
-
-@jax.custom_vjp
-def _grouped_gemm(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    return product(lhs_RK, rhs_GKN, _tiles(group_sizes_G, lhs_RK.shape[0]))
-
-
-def _forward(
-    lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G), (lhs_RK, rhs_GKN, group_sizes_G)
-
-
-def _backward(
-    residuals: tuple[jax.Array, ...], dout_RN: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    # XLA computes each table once for all products of a layer: equal operations are merged.
-    lhs_RK, rhs_GKN, group_sizes_G = residuals
-    num_rows = lhs_RK.shape[0]
-    dlhs_RK = product(dout_RN, rhs_GKN, _tiles(group_sizes_G, num_rows), transposed=True)
-    steps = schedule.row_steps(group_sizes_G, num_rows)
-    return dlhs_RK, weight_gradient(lhs_RK, dout_RN, steps, dtype=rhs_GKN.dtype), None
-
-
-_grouped_gemm.defvjp(_forward, _backward)
-
-
-def grouped_gemm(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    """The public operator, arguments already checked."""
-    num_rows = lhs_RK.shape[0]
-    # TMA wants whole groups of 8 rows, and a box no larger than the array.
-    padded = max(-(-num_rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, TILE_ROWS)
-    lhs_RK = jnp.pad(lhs_RK, ((0, padded - num_rows), (0, 0)))
-    return _grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G)[:num_rows]
+    adds = accumulate_GKN is not None
+    body = functools.partial(_gradient_kernel, tiling=tiling, adds=adds)
+    operands = steps, lhs_RK, edge(lhs_RK), dout_RN, edge(dout_RN)
+    if adds:
+        sums = jax.new_ref(accumulate_GKN)
+        _launch(body, (), scratch, *operands, sums)
+        return jax.freeze(sums)
+    shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
+    drhs_GKN = _launch(body, jax.ShapeDtypeStruct(shape, dtype), scratch, *operands)
+    return _common.vary(drhs_GKN, _common.varying_axes(lhs_RK))

@@ -48,6 +48,7 @@ class Work(NamedTuple):
       target: tile -> where this warpgroup's part of the tile goes.
       window: (matrix, rows, columns) -> that part of the output in device memory.
       finish: called once after the last tile.
+      adds: whether the output holds numbers already, to which the tiles are added.
     """
 
     zero: jax.Array
@@ -59,6 +60,7 @@ class Work(NamedTuple):
     target: Callable[..., "Target"]
     window: Callable[..., Any]
     finish: Callable[[], None]
+    adds: bool = False
 
 
 class Target(NamedTuple):
@@ -148,7 +150,9 @@ def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
         plgpu.commit_smem()
         # The loop's carry forgot that the column is a multiple.
         columns = pl.ds(pl.multiple_of(column, width) + part * width, width)
-        plgpu.copy_smem_to_gmem(slot, work.window(matrix, pl.ds(row, CHUNK), columns))
+        window = work.window(matrix, pl.ds(row, CHUNK), columns)
+        copy = _mosaic.add_smem_to_gmem if work.adds else plgpu.copy_smem_to_gmem
+        copy(slot, window)
 
     def multiply_tile(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         first, values, waiting, place = carry

@@ -8,6 +8,8 @@ rows belongs to no group, and its memory does not grow with R.
 R rows, K contracted width, N output width, G groups, M rows of a block, B blocks.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,10 +44,15 @@ def _pad_rows(x_RK: jax.Array) -> jax.Array:
     return jnp.pad(x_RK, ((0, BLOCK_ROWS), (0, 0)))
 
 
-def _product(
-    lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *, rhs_dim: int
+def product(
+    lhs_RK: jax.Array,
+    rhs: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    dtype: Any,
+    transposed: bool = False,
 ) -> jax.Array:
-    """lhs times every row's matrix, contracting the matrices' dimension `rhs_dim` (0: K, 1: N)."""
+    """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed; in `dtype`."""
     num_rows = lhs_RK.shape[0]
     group_B, start_B, _, num_blocks = _block_table(group_sizes_G, num_rows)
     lhs_padded = _pad_rows(lhs_RK)
@@ -55,16 +62,14 @@ def _product(
         # and overwrite them: no mask is needed but the one at the very end.
         product_MN = lax.dot_general(
             lax.dynamic_slice_in_dim(lhs_padded, start_B[b], BLOCK_ROWS),
-            lax.dynamic_index_in_dim(rhs_GKN, group_B[b], keepdims=False),
-            (((1,), (rhs_dim,)), ((), ())),
+            lax.dynamic_index_in_dim(rhs, group_B[b], keepdims=False),
+            (((1,), (1 if transposed else 0,)), ((), ())),
             preferred_element_type=accumulation_dtype(lhs_RK.dtype),
         )
-        return lax.dynamic_update_slice_in_dim(
-            out_RN, product_MN.astype(lhs_RK.dtype), start_B[b], axis=0
-        )
+        return lax.dynamic_update_slice_in_dim(out_RN, product_MN.astype(dtype), start_B[b], axis=0)
 
-    width = rhs_GKN.shape[2 - rhs_dim]
-    out_RN = jnp.zeros((num_rows + BLOCK_ROWS, width), lhs_RK.dtype)
+    width = rhs.shape[1 if transposed else 2]
+    out_RN = jnp.zeros((num_rows + BLOCK_ROWS, width), dtype)
     out_RN = vary(out_RN, varying_axes(lhs_RK))
     out_RN = lax.fori_loop(0, num_blocks, body, out_RN)[:num_rows]
     total = jnp.sum(group_sizes_G, dtype=jnp.int32)
@@ -72,12 +77,19 @@ def _product(
     return jnp.where(belongs_R1, out_RN, 0)
 
 
-def _weight_gradient(lhs_RK: jax.Array, dout_RN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    """Sum over each group's rows of lhs[r]^T dout[r], block after block in row order; accumulation
-    dtype.
+def weight_gradient(
+    lhs_RK: jax.Array,
+    dout_RN: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    dtype: Any,
+    accumulate_GKN: jax.Array | None = None,
+) -> jax.Array:
+    """Sum over each group's rows of lhs[r]^T dout[r], block after block in row order, in `dtype`;
+    plus `accumulate_GKN`.
     """
-    dtype = accumulation_dtype(lhs_RK.dtype)
     group_B, start_B, used_B, num_blocks = _block_table(group_sizes_G, lhs_RK.shape[0])
+    sums = accumulation_dtype(lhs_RK.dtype)
     lhs_padded, dout_padded = _pad_rows(lhs_RK), _pad_rows(dout_RN)
     row_M1 = jnp.arange(BLOCK_ROWS, dtype=jnp.int32)[:, None]
 
@@ -90,35 +102,12 @@ def _weight_gradient(lhs_RK: jax.Array, dout_RN: jax.Array, group_sizes_G: jax.A
             rows(lhs_padded),
             rows(dout_padded),
             (((0,), (0,)), ((), ())),
-            preferred_element_type=dtype,
+            preferred_element_type=sums,
         )
         sum_KN = lax.dynamic_index_in_dim(drhs_GKN, group_B[b], keepdims=False) + part_KN
         return lax.dynamic_update_index_in_dim(drhs_GKN, sum_KN, group_B[b], axis=0)
 
     shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
-    drhs_GKN = vary(jnp.zeros(shape, dtype), varying_axes(lhs_RK))
-    return lax.fori_loop(0, num_blocks, body, drhs_GKN)
-
-
-@jax.custom_vjp
-def grouped_gemm(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    """The public operator, arguments already checked."""
-    return _product(lhs_RK, rhs_GKN, group_sizes_G, rhs_dim=0)
-
-
-def _forward(
-    lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G), (lhs_RK, rhs_GKN, group_sizes_G)
-
-
-def _backward(
-    residuals: tuple[jax.Array, jax.Array, jax.Array], dout_RN: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    lhs_RK, rhs_GKN, group_sizes_G = residuals
-    dlhs_RK = _product(dout_RN, rhs_GKN, group_sizes_G, rhs_dim=1)
-    drhs_GKN = _weight_gradient(lhs_RK, dout_RN, group_sizes_G)
-    return dlhs_RK, drhs_GKN.astype(rhs_GKN.dtype), None
-
-
-grouped_gemm.defvjp(_forward, _backward)
+    drhs_GKN = vary(jnp.zeros(shape, sums), varying_axes(lhs_RK))
+    drhs_GKN = lax.fori_loop(0, num_blocks, body, drhs_GKN)
+    return drhs_GKN.astype(dtype) if accumulate_GKN is None else accumulate_GKN + drhs_GKN

@@ -173,16 +173,21 @@ def _launch(
 
 
 def product(
-    lhs_RK: jax.Array, rhs: jax.Array, group_sizes_G: jax.Array, *, transposed: bool = False
+    lhs_RK: jax.Array,
+    rhs: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    dtype: Any,
+    transposed: bool = False,
 ) -> jax.Array:
-    """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed."""
+    """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed; in `dtype`."""
     num_rows, contract = lhs_RK.shape
     tables = _row_tiles(group_sizes_G, num_rows)
     width = rhs.shape[1 if transposed else 2]
     return _launch(
         _product_kernel,
         (lhs_RK, rhs, *tables),
-        out=jax.ShapeDtypeStruct((num_rows, width), lhs_RK.dtype),
+        out=jax.ShapeDtypeStruct((num_rows, width), dtype),
         row_tiles=tables[0].shape[0],
         LHS_ROWS=num_rows,
         CONTRACT=contract,
@@ -193,38 +198,20 @@ def product(
 
 
 def weight_gradient(
-    lhs_RK: jax.Array, dout_RN: jax.Array, group_sizes_G: jax.Array, *, dtype: Any
+    lhs_RK: jax.Array,
+    dout_RN: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    dtype: Any,
+    accumulate_GKN: jax.Array | None = None,
 ) -> jax.Array:
-    """Sum over each group's rows of lhs[r]^T dout[r]: [G, K, N] in `dtype`."""
+    """Sum over each group's rows of lhs[r]^T dout[r], in `dtype`; plus `accumulate_GKN`."""
     num_groups, height = group_sizes_G.shape[0], lhs_RK.shape[1]
-    return _launch(
+    drhs_GKN = _launch(
         _gradient_kernel,
         (lhs_RK, dout_RN, *_bounds(group_sizes_G, lhs_RK.shape[0])),
         out=jax.ShapeDtypeStruct((num_groups, height, dout_RN.shape[1]), dtype),
         row_tiles=num_groups * triton.cdiv(height, ROWS),
         HEIGHT=height,
     )
-
-
-@jax.custom_vjp
-def grouped_gemm(lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    """The public operator, arguments already checked."""
-    return product(lhs_RK, rhs_GKN, group_sizes_G)
-
-
-def _forward(
-    lhs_RK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return grouped_gemm(lhs_RK, rhs_GKN, group_sizes_G), (lhs_RK, rhs_GKN, group_sizes_G)
-
-
-def _backward(
-    residuals: tuple[jax.Array, ...], dout_RN: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    lhs_RK, rhs_GKN, group_sizes_G = residuals
-    dlhs_RK = product(dout_RN, rhs_GKN, group_sizes_G, transposed=True)
-    drhs_GKN = weight_gradient(lhs_RK, dout_RN, group_sizes_G, dtype=rhs_GKN.dtype)
-    return dlhs_RK, drhs_GKN, None
-
-
-grouped_gemm.defvjp(_forward, _backward)
+    return drhs_GKN if accumulate_GKN is None else accumulate_GKN + drhs_GKN

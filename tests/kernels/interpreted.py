@@ -17,9 +17,14 @@ import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic, gather_rows, grouped_gemm, mla_decode, scatter_add
-from pallas_kernels.grouped_gemm import mosaic as grouped_mosaic
-from pallas_kernels.grouped_gemm import schedule
+from pallas_kernels import (
+    _mosaic,
+    gather_rows,
+    grouped_gemm,
+    grouped_gemm_weight_gradient,
+    mla_decode,
+    scatter_add,
+)
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
 from tests.kernels import helpers, scatter_order
 
@@ -60,21 +65,33 @@ def grouped(sizes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> dict[str, Any]
     return errors | {"tail": float(np.abs(np.asarray(got[0][total:], np.float64)).sum())}
 
 
-def weight_gradient_in_float32() -> dict[str, Any]:
-    """Sums that leave the kernel unrounded, and the other way to pair CTAs."""
+def grouped_in_float32() -> dict[str, Any]:
+    """Sums that leave the kernels unrounded; an empty group's gradient stays what it was."""
     rng = np.random.default_rng(1)
     sizes = GROUPS["uneven"]
-    lhs, dout = (
-        jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((232, CONTRACT), (232, WIDTH))
-    )
-    steps = schedule.row_steps(jnp.asarray(sizes, jnp.int32), 232)
-    drhs = grouped_mosaic.weight_gradient(
-        lhs, dout, steps, dtype=jnp.float32, tiling=schedule.Tiling(pair="columns")
-    )
-    wide = [np.asarray(x, np.float64) for x in (lhs, dout)]
-    ends = np.cumsum(sizes)
-    expected = [wide[0][e - s : e].T @ wide[1][e - s : e] for s, e in zip(sizes, ends, strict=True)]
-    return {"drhs": helpers.relative_error(drhs, np.stack(expected))}
+    width = 256  # of whole tiles: `add_smem_to_gmem` below does not clip
+    shapes = (ROWS, width), (len(sizes), width, width), (ROWS, width)
+    lhs, rhs, dout = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes)
+    before = rng.standard_normal(rhs.shape).astype(np.float32)
+    options = dict(implementation="mosaic", out_dtype=jnp.float32)
+    sizes_G = jnp.asarray(sizes, jnp.int32)
+    out = grouped_gemm(lhs, rhs, sizes_G, **options)
+    drhs = grouped_gemm_weight_gradient(lhs, dout, sizes_G, **options)
+    options |= dict(accumulate_GKN=jnp.asarray(before))
+    total = grouped_gemm_weight_gradient(lhs, dout, sizes_G, **options)
+    wide = [np.asarray(x, np.float64) for x in (lhs, rhs, dout)]
+    expected, gradient = np.zeros((ROWS, width)), np.zeros(rhs.shape)
+    for g, end in enumerate(np.cumsum(sizes)):
+        rows = slice(end - sizes[g], end)
+        expected[rows] = wide[0][rows] @ wide[1][g]
+        gradient[g] = wide[0][rows].T @ wide[2][rows]
+    empty = sizes.index(0)
+    return {
+        "out": helpers.relative_error(out, expected),
+        "drhs": helpers.relative_error(drhs, gradient),
+        "total": helpers.relative_error(total, before + gradient),
+        "empty": helpers.same_bits(total[empty], before[empty]),
+    }
 
 
 def scatter(case: str) -> dict[str, Any]:
@@ -186,7 +203,7 @@ def decode(case: Decode) -> dict[str, Any]:
 SCATTERS = ("uniform", "half on one", "all on the last")
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"grouped {name}": lambda sizes=sizes: grouped(sizes) for name, sizes in GROUPS.items()},
-    "grouped float32 gradient": weight_gradient_in_float32,
+    "grouped float32": grouped_in_float32,
     "dispatch": dispatch,
     **{f"scatter {name}": lambda name=name: scatter(name) for name in SCATTERS},
     **{f"decode {name}": lambda case=case: decode(case) for name, case in DECODES.items()},
@@ -200,10 +217,16 @@ def multiply_add(sums: jax.Array, a: Any, b: Any) -> jax.Array:
     return sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
 
 
+def add_smem_to_gmem(part: Any, out: Any) -> None:
+    """What the interpreter lacks: an addition in device memory."""
+    out[...] = out[...] + part[...]
+
+
 def main(names: list[str]) -> None:
     """Runs the named cases, or all."""
     _mosaic.num_sms = lambda: NUM_SMS
     _mosaic.multiply_add = multiply_add
+    _mosaic.add_smem_to_gmem = add_smem_to_gmem
     for name in names or CASES:
         start = time.perf_counter()
         params = plgpu.InterpretGPUParams(detect_races=name in RACES)

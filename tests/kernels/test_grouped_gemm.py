@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_gemm
+from pallas_kernels import grouped_gemm, grouped_gemm_weight_gradient
 from tests.kernels import helpers
 
 ROWS, CONTRACT, WIDTH = 200, 24, 40
@@ -60,6 +62,48 @@ def test_equals_naive(name, dtype):
             assert helpers.relative_error(got, want) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype, sums", [("bfloat16", "float32"), ("float64", "float64")])
+def test_result_in_the_dtype_of_the_sums(dtype, sums):
+    sizes = SIZES["sum below rows"]
+    with helpers.strict_types():
+        lhs, rhs, dout = operands(sizes, dtype)
+        group_sizes = jnp.asarray(sizes, jnp.int32)
+        out, vjp = jax.vjp(
+            lambda lhs, rhs: grouped_gemm(lhs, rhs, group_sizes, out_dtype=sums), lhs, rhs
+        )
+        expected = naive(lhs, rhs, dout, sizes)
+        assert out.dtype == sums
+        assert helpers.relative_error(out, expected[0]) <= TOLERANCE[sums]
+        for got, want in zip(vjp(dout.astype(sums)), expected[1:], strict=True):
+            assert got.dtype == dtype
+            assert helpers.relative_error(got, want) <= TOLERANCE[dtype]
+
+
+@jax.jit
+def weight_gradients(lhs, dout, sizes, before):
+    """In the dtype of the operands, in that of the sums, and added."""
+    run = functools.partial(grouped_gemm_weight_gradient, lhs, dout, sizes)
+    return run(), run(out_dtype=before.dtype), run(accumulate_GKN=before)
+
+
+@pytest.mark.parametrize("name", ["even", "one row", "sum below rows", "no rows"])
+@pytest.mark.parametrize("dtype, sums", [("bfloat16", "float32"), ("float64", "float64")])
+def test_weight_gradient_is_added(name, dtype, sums):
+    sizes = SIZES[name]
+    with helpers.strict_types():
+        lhs, rhs, dout = operands(sizes, dtype)
+        used = sum(sizes)
+        gradient = naive(lhs, rhs, dout, sizes)[2]
+        lhs, dout = lhs.at[used:].set(jnp.nan), dout.at[used:].set(jnp.nan)
+        before = np.random.default_rng(7).standard_normal(rhs.shape)
+        before = jnp.asarray(before, sums)
+        actual = weight_gradients(lhs, dout, jnp.asarray(sizes, jnp.int32), before)
+        expected = gradient, gradient, np.asarray(before) + gradient
+        for got, want, kind in zip(actual, expected, (dtype, sums, sums), strict=True):
+            assert got.dtype == kind
+            assert helpers.relative_error(got, want) <= TOLERANCE[kind]
+
+
 def test_rows_past_the_sum_may_hold_nan():
     sizes = SIZES["sum below rows"]
     lhs, rhs, dout = operands(sizes, "float32")
@@ -92,11 +136,34 @@ def test_no_float_scatter():
         (dict(rhs=jnp.zeros((2, 3, 4), jnp.bfloat16)), "dtypes differ"),
         (dict(sizes=jnp.zeros(2)), "expected an integer dtype"),
         (dict(sizes=jnp.zeros(3, jnp.int32)), "2 groups, group_sizes_G 3"),
+        (dict(out_dtype="bfloat16"), "out_dtype=bfloat16 does not fit float32 operands"),
         (dict(implementation="cuda"), "choose None or one of 'reference'"),
     ],
 )
 def test_refuses(change, message):
     args = dict(lhs=jnp.zeros((5, 3)), rhs=jnp.zeros((2, 3, 4)), sizes=jnp.zeros(2, jnp.int32))
-    args |= dict(implementation=None) | change
+    args |= change
     with pytest.raises(ValueError, match=message):
-        grouped_gemm(args["lhs"], args["rhs"], args["sizes"], implementation=args["implementation"])
+        grouped_gemm(args.pop("lhs"), args.pop("rhs"), args.pop("sizes"), **args)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(dout=jnp.zeros((6, 4))), "lhs_RK has 5 rows, dout_RN 6"),
+        (dict(dout=jnp.zeros((5, 4), jnp.bfloat16)), "dtypes differ"),
+        (dict(sizes=jnp.zeros(0, jnp.int32)), "group_sizes_G is empty"),
+        (dict(accumulate_GKN=jnp.zeros((2, 4, 3))), r"float32\[2, 4, 3\], expected float32\[2, 3"),
+        (dict(accumulate_GKN=jnp.zeros((2, 3, 4), jnp.bfloat16)), "is bfloat16.*expected float32"),
+        (
+            dict(accumulate_GKN=jnp.zeros((2, 3, 4)), out_dtype="bfloat16"),
+            "out_dtype=bfloat16 with accumulate_GKN",
+        ),
+        (dict(implementation="mosaic"), "multiples of 64, got float32, 3 and 4"),
+    ],
+)
+def test_weight_gradient_refuses(change, message):
+    args = dict(lhs=jnp.zeros((5, 3)), dout=jnp.zeros((5, 4)), sizes=jnp.zeros(2, jnp.int32))
+    args |= change
+    with pytest.raises(ValueError, match=message):
+        grouped_gemm_weight_gradient(args.pop("lhs"), args.pop("dout"), args.pop("sizes"), **args)

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import gather_rows, grouped_gemm, scatter_add
+from pallas_kernels import gather_rows, grouped_gemm, grouped_gemm_weight_gradient, scatter_add
 from pallas_kernels.gather_combine import shapes as gather_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
@@ -27,7 +27,7 @@ def interpreted():
     """The quick cases; one program for all, since starting it costs as much as a case."""
     grouped = [f"grouped {name}" for name in QUICK]
     scatters = ["scatter uniform", "scatter half on one", "scatter all on the last"]
-    return interpret(*grouped, "grouped float32 gradient", *scatters, "dispatch")
+    return interpret(*grouped, "grouped float32", *scatters, "dispatch")
 
 
 def assert_rounded_once(result):
@@ -49,7 +49,9 @@ def test_grouped_gemm_equals_naive_in_more_cases():
 
 
 def test_grouped_gemm_sums_in_float32(interpreted):
-    assert interpreted["grouped float32 gradient"]["drhs"] <= 1e-6
+    result = interpreted["grouped float32"]
+    assert max(result["out"], result["drhs"], result["total"]) <= 1e-6
+    assert result["empty"]
 
 
 def test_no_races(interpreted):
@@ -91,6 +93,25 @@ def test_grouped_gemm_lowers_for_cuda(shape):
     traced = jax.jit(gradients).trace(*args, sizes, spec(rows, width))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 3
+
+
+def test_weight_gradient_is_added_in_place():
+    """The kernel's output is its input, and so the caller's."""
+    rows, contract, width, groups = 640, 128, 256, 3
+    sums = jax.ShapeDtypeStruct((groups, contract, width), jnp.float32)
+    lhs, dout = (jax.ShapeDtypeStruct((rows, w), jnp.bfloat16) for w in (contract, width))
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+
+    def run(sums, lhs, dout, sizes):
+        return grouped_gemm_weight_gradient(
+            lhs, dout, sizes, accumulate_GKN=sums, implementation="mosaic"
+        )
+
+    traced = jax.jit(run, donate_argnums=0).trace(sums, lhs, dout, sizes)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert "output_operand_alias" in call
+    assert "tf.aliasing_output = 0" in text
 
 
 @pytest.mark.parametrize(
