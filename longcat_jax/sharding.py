@@ -100,11 +100,18 @@ def on_shards(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
     """`function`, run on every device's part of its arguments (shard_map, types checked).
 
     Without a mesh of several devices it is the function itself, on whole arrays, and the
-    collectives of this module do nothing in it.
+    collectives of this module do nothing in it. Axes of one device are left out of the specs, else
+    gradients would be summed over them.
     """
     if not several_devices():
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+
+    def cut(spec: P) -> P:
+        parts = (names if isinstance(names, tuple) else (names,) for names in spec)
+        return P(*(tuple(name for name in part if axis_size(name) > 1) for part in parts))
+
+    specs = jax.tree.map(cut, (in_specs, out_specs))
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1])
 
 
 def _inside_shards() -> bool:
@@ -127,10 +134,8 @@ def vary_with_tokens(x: jax.Array) -> jax.Array:
     A weight that every device has gets the sum of all their gradients through this, a loop's start
     the type of its steps.
     """
-    if not _inside_shards():
-        return x
     here = jax.typeof(x).manual_axis_type.varying
-    missing = tuple(axis for axis in TOKEN_AXES if axis not in here)
+    missing = tuple(axis for axis in _cutting(TOKEN_AXES) if axis not in here)
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
@@ -146,6 +151,11 @@ def scatter_sum(whole: jax.Array, axes: tuple[str, ...], *, dim: int) -> jax.Arr
     if not cutting:
         return whole
     return lax.psum_scatter(whole, cutting, scatter_dimension=dim, tiled=True)
+
+
+def sum_over_tokens(x: jax.Array) -> jax.Array:
+    """The sum over all devices that tokens are cut over; inside of `on_shards`."""
+    return lax.psum(x, _cutting(TOKEN_AXES))
 
 
 def gather_weight(part: jax.Array, axes: tuple[str, ...], *, dim: int) -> jax.Array:

@@ -1,14 +1,18 @@
 """Which activations the backward pass keeps and which it makes again (`train.remat`).
 
-`none` keeps all that the backward pass reads; `full` keeps a block's input; `selective` keeps the
-results of matrix products and attention that were marked with `keep`, so that what is made again is
-elementwise, a norm or a gather, and K and V of every head, one product from the latent.
+`none` keeps all that the backward pass reads but weights gathered over fsdp; `full` keeps a block's
+input; `selective` keeps the results of matrix products and attention that were marked with `keep`,
+so that what is made again is elementwise, a norm or a gather, and K and V of every head, one
+product from the latent.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+
+from longcat_jax.sharding import axis_size
 
 KEPT = "kept"
 
@@ -18,11 +22,17 @@ def keep(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, KEPT)
 
 
+def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Weights that were gathered over fsdp are not kept: they would stand whole for every layer."""
+    return not (primitive.name == "all_gather" and "fsdp" in params["axis_name"])
+
+
 def rematerialised(function: Callable, policy: str) -> Callable:
     """`function` under a policy of config.REMAT_POLICIES."""
-    if policy == "none":
+    if policy == "none" and axis_size("fsdp") == 1:
         return function
     policies = {
+        "none": _all_but_weights,
         "selective": jax.checkpoint_policies.save_only_these_names(KEPT),
         "full": jax.checkpoint_policies.nothing_saveable,
     }

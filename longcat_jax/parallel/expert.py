@@ -28,12 +28,14 @@ from jax.sharding import PartitionSpec as P
 from longcat_jax.config import ModelConfig, ParallelConfig
 from longcat_jax.model.experts import real_experts
 from longcat_jax.sharding import (
-    TOKEN_AXES,
     TOKENS,
     axis_size,
+    gather_parts,
     gather_weight,
     on_shards,
+    scatter_sum,
     several_devices,
+    sum_over_tokens,
 )
 from pallas_kernels import gather_combine, gather_rows
 
@@ -64,7 +66,8 @@ class Weights:
 def _compute(tokens: Selected, weights: Weights, num_rows: int | None) -> tuple:
     """This device's experts on tokens of the whole group -> (sums [T, D], selections left out)."""
     num_experts = len(weights.down_XFD)
-    own_TK = tokens.experts_TK - lax.axis_index(AXIS) * num_experts
+    first = lax.axis_index(AXIS) * num_experts if axis_size(AXIS) > 1 else 0
+    own_TK = tokens.experts_TK - first
     own_TK = jnp.where((own_TK >= 0) & (own_TK < num_experts), own_TK, num_experts)
     out_TD = real_experts(
         tokens.x_TD,
@@ -80,13 +83,15 @@ def _compute(tokens: Selected, weights: Weights, num_rows: int | None) -> tuple:
 
 def _allgather(tokens: Selected, weights: Weights, capacity: int | None) -> tuple:
     """-> (sums of this device's tokens [T, D], selections left out here)."""
-    everyone = jax.tree.map(lambda a: lax.all_gather(a, AXIS, tiled=True), tokens)
+    everyone = jax.tree.map(lambda a: gather_parts(a, (AXIS,), dim=0), tokens)
     out, left_out = _compute(everyone, weights, capacity)
-    return lax.psum_scatter(out, AXIS, tiled=True), left_out
+    return scatter_sum(out, (AXIS,), dim=0), left_out
 
 
 def _exchange(buffers_M: jax.Array) -> jax.Array:
     """Buffer g of every device goes to device g; what is received stands in order of sender."""
+    if axis_size(AXIS) == 1:
+        return buffers_M
     return lax.all_to_all(buffers_M, AXIS, 0, 0, tiled=True)
 
 
@@ -192,7 +197,7 @@ def mixture(
         if dropless:
             return out_TD.reshape(shape), jnp.zeros((), jnp.int32)
         left_out = sum(number for _, number in parts)
-        return out_TD.reshape(shape), lax.psum(left_out, TOKEN_AXES)
+        return out_TD.reshape(shape), sum_over_tokens(left_out)
 
     specs = Weights(P("expert", "fsdp", None), P("expert", None, "fsdp"))
     return on_shards(on_device, (TOKENS, specs), (TOKENS, P()))(tokens, weights)
