@@ -59,6 +59,7 @@ def _in_slurm(environ: Mapping[str, str]) -> Placement | None:
         return None
     job, nodes, tasks, index = (environ[name] for name in SLURM)
     # "node7,node9" or "node[07-12,15],other": the first host runs task 0.
-    host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", re.match(r"[^,[]+(\[[^]]*\])?", nodes)[0])
+    first = re.match(r"(\[[^]]*\]|[^,[])+", nodes)[0]
+    host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
     port = SLURM_PORTS[int(job) % len(SLURM_PORTS)]
     return Placement(f"{host}:{port}", int(tasks), int(index))

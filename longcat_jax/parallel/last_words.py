@@ -10,18 +10,24 @@ import sys
 from collections.abc import Iterable, Iterator
 
 ABORTS = b"Terminating process because the JAX distributed service detected fatal errors"
+JOINING = b"/RegisterTask"
 MISSED = re.compile(rb"stopped sending heartbeats\):\s*([^\n]*\d)")
 
 
 def one_line(message: bytes) -> bytes:
     """What the user is told instead of `message`."""
+    if JOINING in message:
+        return (
+            b"stopped: the processes of this job did not come together; do all of them run, with "
+            b"the same coordinator?\n"
+        )
     missed = MISSED.search(message)
     if missed:
-        who = b"process " + b", ".join(re.findall(rb"\d+(?=$|\D)", missed[1]))
+        who = b"process " + b", ".join(re.findall(rb"\d+", missed[1])) + b" of this job"
     else:
-        who = b"process 0, or the way to it,"
+        who = b"process 0 of this job, or the way to it,"
     return (
-        b"stopped: " + who + b" of this job is gone; its own output may say why. "
+        b"stopped: " + who + b" is gone; its own output may say why. "
         b"The same command goes on from the last checkpoint\n"
     )
 

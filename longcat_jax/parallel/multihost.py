@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -50,10 +51,13 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
       index: from 0.
 
     Raises:
-      ConfigError: not all came together in JOIN_SECONDS.
+      ConfigError: no such port, or JAX refused. (Where not all come together in JOIN_SECONDS, the
+        coordination service aborts the process, as below.)
     """
     _filter_stderr()
-    if index:
+    if index == 0:
+        _check_port(int(coordinator.rpartition(":")[2]))
+    else:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         jax.distributed.initialize(
@@ -67,10 +71,7 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"process {index}: the {count} processes did not come together at {coordinator} "
-            f"({reason})"
-        ) from error
+        raise ConfigError(f"process {index} of {count} at {coordinator}: {reason}") from error
     threading.Thread(target=_end_with_others, args=(index,), daemon=True).start()
     try:
         yield
@@ -79,6 +80,16 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
         _end_others(index, error)
         raise
     jax.distributed.shutdown()
+
+
+def _check_port(port: int) -> None:
+    """JAX's service crashes without a word on a port that it cannot have."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--coordinator: process 0 cannot listen at {port}: {error}") from error
 
 
 def _filter_stderr() -> None:
@@ -102,8 +113,7 @@ def _end_with_others(index: int) -> None:
         return
     if index == 0:
         print(f"stopped: process {who} failed ({line})", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+    _leave(index)
 
 
 def _end_others(index: int, error: BaseException) -> None:
@@ -122,13 +132,14 @@ def _end_others(index: int, error: BaseException) -> None:
     except jax.errors.JaxRuntimeError:
         os._exit(1)  # another one was first and tells
     # JAX would wait here for processes that are ending, and then complain.
-    atexit.register(_leave)
+    atexit.register(_leave, index)
 
 
-def _leave() -> None:
+def _leave(index: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(FIRST_SPEAKS_SECONDS)  # while process 0 is here, others can learn of the error
+    if index == 0:
+        time.sleep(FIRST_SPEAKS_SECONDS)  # the others learn of the error from what it holds
     os._exit(1)
 
 
