@@ -169,9 +169,9 @@ def grouped_gemm_weight_gradient(
     """sum over each group's rows r of outer(lhs[r], dout[r]), added to `accumulate_GKN` if given.
 
     The gradient to rhs of `grouped_gemm(lhs, rhs, group_sizes)`, for callers that sum gradients of
-    several micro-batches in float32: no pass of its own adds them, and "mosaic" writes the sum into
-    the memory of `accumulate_GKN` where that is not used afterwards (a loop's carry, a donated
-    argument). Not differentiable.
+    several micro-batches in float32. With "mosaic" no pass of its own adds them (except inside
+    shard_map): they are added in the memory of `accumulate_GKN`, which is copied first if it is
+    used afterwards. Not differentiable.
 
     Args:
       lhs_RK: rows, sorted by group.

@@ -287,7 +287,9 @@ def weight_gradient(
     def edge(x_RW: jax.Array) -> jax.Array:
         return x_RW.at[steps.edge_rows_GE].get(mode="fill", fill_value=0)
 
-    adds = accumulate_GKN is not None
+    axes = _common.varying_axes(lhs_RK)
+    # A Ref may not vary over axes of a shard_map (jax 0.11): there the addition is XLA's.
+    adds = accumulate_GKN is not None and not axes
     body = functools.partial(_gradient_kernel, tiling=tiling, adds=adds)
     operands = steps, lhs_RK, edge(lhs_RK), dout_RN, edge(dout_RN)
     if adds:
@@ -296,4 +298,5 @@ def weight_gradient(
         return jax.freeze(sums)
     shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
     drhs_GKN = _launch(body, jax.ShapeDtypeStruct(shape, dtype), scratch, *operands)
-    return _common.vary(drhs_GKN, _common.varying_axes(lhs_RK))
+    drhs_GKN = _common.vary(drhs_GKN, axes)
+    return drhs_GKN if accumulate_GKN is None else accumulate_GKN + drhs_GKN
