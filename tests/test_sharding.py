@@ -11,13 +11,20 @@ from longcat_jax.config import ConfigError, MeshConfig, override
 from longcat_jax.parallel import hlo
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import make_mesh
-from longcat_jax.train_step import abstract_boxes, abstract_state, init_state
+from longcat_jax.train_step import (
+    abstract_boxes,
+    abstract_state,
+    compile_train_step,
+    init_state,
+)
+from pallas_kernels import _common
 from tests.helpers import (
     TOKENS,
     exact,
     random_batch,
     relative_error,
     tiny_config,
+    token_bytes,
     trained,
 )
 
@@ -60,6 +67,17 @@ SLOW += [(DATA_EXPERT, CHUNKED)]
 def test_training_on_a_mesh_equals_training_on_one_device(mesh, parallel):
     with exact():
         _assert_equal(trained(mesh=mesh, parallel=parallel), trained())
+
+
+@pytest.mark.slow
+def test_accumulation_and_remat_on_a_mesh_change_nothing():
+    with exact():
+        many = trained(
+            accumulate=2, remat="selective", mesh=FSDP_CONTEXT_EXPERT, parallel=BACKENDS[2]
+        )
+        for a, b in zip(many.losses, trained().losses, strict=True):
+            assert relative_error(a, b) <= 1e-10
+        assert relative_error(many.states[-1], trained().states[-1]) <= 1e-10
 
 
 @pytest.mark.slow
@@ -147,18 +165,20 @@ def test_one_device_sends_nothing():
         assert not hlo.collectives(hlo.parse(trained().compiled), {})
 
 
-@pytest.mark.parametrize(("fsdp", "expert"), [(8, 1), (2, 4), (1, 8)])
-def test_no_large_leaf_of_the_released_model_s_state_is_replicated(fsdp, expert):
-    config = override(
-        load_config("configs/flash_560b.py"), [f"mesh.fsdp={fsdp}", f"mesh.expert={expert}"]
-    )
+@pytest.mark.parametrize(
+    ("fsdp", "context", "expert"), [(8, 1, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2)]
+)
+def test_no_large_leaf_of_the_released_model_s_state_is_replicated(fsdp, context, expert):
+    axes = [f"mesh.fsdp={fsdp}", f"mesh.context={context}", f"mesh.expert={expert}"]
+    config = override(load_config("configs/flash_560b.py"), axes)
     state = abstract_state(config, make_mesh(config.mesh))
     large = 0
     for path, leaf in _by_path(state).items():
         size = np.prod(leaf.shape) * leaf.dtype.itemsize
         if size > MEBIBYTE:
             shard = np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            assert shard * 8 == size, f"{path}: {shard} of {size} bytes on every device"
+            parts = fsdp * expert
+            assert shard * parts == size, f"{path}: {shard} of {size} bytes on every device"
             large += 1
     # Parameters and both moments.
     assert large > 3 * 25
@@ -208,3 +228,34 @@ def test_mesh_takes_the_first_devices_with_the_expert_axis_innermost():
     ids = [device.id for device in jax.devices()]
     numbers = [[device.id for device in row] for row in mesh.devices[0, :, 0, 0]]
     assert numbers == [ids[:2], ids[2:4]]
+
+
+def _kernel_calls(jaxpr, *, on_shards=False):
+    """For every call of a Pallas kernel: whether it stands inside of a shard_map."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in ("pallas_call", "mpmd_map"):
+            yield on_shards
+            continue
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _kernel_calls(inner, on_shards=on_shards or name == "shard_map")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(("data", 2),), FSDP_CONTEXT_EXPERT])
+def test_every_kernel_works_on_a_device_s_own_part(mesh, monkeypatch):
+    """XLA cannot partition a kernel: outside of shard_map every device would run all of it."""
+    monkeypatch.setattr(_common, "compute_capability", lambda: _common.HOPPER)
+    widths = {"hidden_size": 256, "q_lora_rank": 128, "kv_lora_rank": 192, "vocab_size": 512}
+    widths |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    widths |= {"expert_ffn_hidden_size": 128, "dtype": "bfloat16"}
+    config = tiny_config(model=widths, mesh=dict(mesh), train={"sequence_length": 128})
+    devices = make_mesh(config.mesh)
+    with jax.set_mesh(devices):
+        state, batch = abstract_state(config, devices), random_batch(config)
+        step = compile_train_step(config, devices)
+        traced = step.trace(state, batch, token_bytes(config))
+    calls = list(_kernel_calls(traced.jaxpr.jaxpr))
+    assert len(calls) > 10 and all(calls)
