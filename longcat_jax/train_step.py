@@ -29,6 +29,7 @@ from longcat_jax.losses import (
 from longcat_jax.model import longcat
 from longcat_jax.optim.chain import make_optimizer
 from longcat_jax.optim.frozen import frozen_mask, stop_frozen_gradients
+from longcat_jax.parallel.compiler import compiler_options
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import BATCH_AXES, parameter_shardings
 
@@ -207,7 +208,12 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable:
     def step(state: TrainState, batch: Batch, token_bytes_W: jax.Array) -> tuple:
         return train_step(state, batch, token_bytes_W, config=config)
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 @struct.dataclass

@@ -1,46 +1,68 @@
-"""`longcat plan`: parameters, work per token and state per device of a configuration.
+"""`longcat plan`: parameters, memory, traffic and time of a configuration, without running it.
 
-Everything comes from shapes (`jax.eval_shape`): a 560 B model is planned on a laptop.
+Everything comes from shapes (`jax.eval_shape`) and formulas: a 560 B model is planned on a laptop.
+With --devices the mesh and the number of micro-batches with the shortest predicted step are
+proposed, unless the configuration's own mesh has that many devices.
 """
 
 import argparse
 import math
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 from longcat_jax.cli.config_file import OVERRIDES, load_config
-from longcat_jax.config import Config
+from longcat_jax.config import Config, ConfigError, from_mapping, override, to_mapping
+
+NODES = 8 * 4096
+"""Most devices that are planned for."""
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command's options."""
     parser = subparsers.add_parser("plan", description=__doc__, epilog=OVERRIDES)
-    parser.add_argument("--config", required=True, help="a configs/*.py file or a config.json")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="a configs/*.py file, a config.json of a run, or a HuggingFace checkpoint's folder",
+    )
+    parser.add_argument("--devices", type=int, help="how many; a mesh is proposed")
+    parser.add_argument("--hardware", default="h100", help="h100 (default), h800 or h200")
     parser.set_defaults(run=run, overrides=[])
 
 
-def _bytes_per_device(abstract: Any) -> int:
-    """Bytes that the fullest device holds of a tree of abstract, sharded arrays."""
-    import jax
+def load_job(path: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a file, or a model from a HuggingFace folder in a job of the usual size:
+    steps of 4096 rows of up to 8192 tokens.
 
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(abstract)
-    )
+    Raises:
+      ConfigError, HFError: anything wrong with it.
+    """
+    if not Path(path).is_dir():
+        return load_config(path, overrides)
+    from longcat_jax.config import DTYPES
+    from longcat_jax.hf import config as hf_config
+
+    raw = hf_config.read_raw(Path(path))
+    named = [raw.get(key) for key in ("dtype", "torch_dtype")]
+    dtype = next((name for name in named if name in DTYPES), "bfloat16")
+    mtp = bool(raw.get("num_nextn_predict_layers", 1))
+    model = hf_config.parse(raw, dtype=dtype, mtp=mtp)
+    length = min(8192, model.max_position_embeddings)
+    train = dict(steps=1, global_batch=4096, sequence_length=length, remat="full")
+    job = dict(model=to_mapping(model), train=train, optim=dict(learning_rate=1e-3))
+    return override(from_mapping(job), overrides)
 
 
 def plan(config: Config) -> list[tuple[str, str]]:
     """(what, how much) rows; nothing is allocated."""
     import jax
-    from jax.sharding import AbstractMesh, AxisType
 
-    from longcat_jax.config import MESH_AXES
     from longcat_jax.model import count
+    from longcat_jax.plan.memory import abstract_mesh, bytes_per_device
     from longcat_jax.train_step import abstract_state
 
     model, length = config.model, config.train.sequence_length
-    sizes = tuple(getattr(config.mesh, name) for name in MESH_AXES)
-    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
-    state = abstract_state(config, mesh)
+    state = abstract_state(config, abstract_mesh(config.mesh))
     rows = [
         ("parameters", f"{count.total_parameters(model) / 1e9:.2f} B"),
         ("MTP head, its embedding included", f"{count.mtp_parameters(model) / 1e9:.3f} B"),
@@ -58,14 +80,42 @@ def plan(config: Config) -> list[tuple[str, str]]:
         ("work of the whole run", f"{flops * tokens * config.train.steps:.3g} FLOP"),
         ("devices in the mesh", str(config.mesh.num_devices)),
         ("stored parameters", f"{leaves / 1e9:.3f} B"),
-        ("master weights per device", f"{_bytes_per_device(state.params) / 1e9:.3g} GB"),
-        ("optimizer state per device", f"{_bytes_per_device(state.opt_state) / 1e9:.3g} GB"),
+        ("master weights per device", f"{bytes_per_device(state.params) / 1e9:.3g} GB"),
+        ("optimizer state per device", f"{bytes_per_device(state.opt_state) / 1e9:.3g} GB"),
     ]
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the plan."""
-    rows = plan(load_config(args.config, args.overrides))
+    config = load_job(args.config, args.overrides)
+    if args.devices is not None and not 1 <= args.devices <= NODES:
+        raise ConfigError(f"--devices={args.devices}: must be from 1 to {NODES}")
+    from longcat_jax.plan import decoding, hardware, memory, search, tables, training
+    from longcat_jax.plan.job import Job
+
+    machine, job, proposed = hardware.find(args.hardware), Job(config), ""
+    if args.devices not in (None, config.mesh.num_devices):
+        job = search.propose(config, args.devices, machine)
+        proposed = f"proposed: {tables.mesh_text(job.mesh)} train.accumulate={job.micro_batches}"
+    rows = plan(job.config)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+    found, step = memory.memory(job), training.step(job, machine)
+    serving = args.devices or job.mesh.num_devices
+    if serving == 1:
+        serving = decoding.least_devices(job.model, config.train.sequence_length, machine)
+    rows_that_fit = search.largest_batch(job, machine)
+    sections = [
+        *([proposed] if proposed else []),
+        tables.parts(job),
+        tables.memory(found, machine)
+        + f"\n  rows of {config.train.sequence_length} tokens that fit a micro-batch of a device: "
+        f"{rows_that_fit} (planned: {job.rows_per_device})",
+        *([tables.traffic(job, machine)] if job.mesh.num_devices > 1 else []),
+        *([tables.backends(job, machine)] if job.mesh.expert > 1 else []),
+        *([tables.overlap(step)] if step.exposures else []),
+        tables.time(step, machine),
+        tables.decoding(job, serving, machine),
+    ]
+    print("", *sections, sep="\n\n")

@@ -1,0 +1,1 @@
+"""What a job costs before it runs: memory, traffic, time, and decoding, by stated formulas."""

@@ -1,0 +1,191 @@
+"""Bytes on each device: arguments exactly, temporaries by formula.
+
+Arguments are what the compiled step is called with (`memory_analysis().argument_size_in_bytes`).
+Temporaries are gradients, kept activations, and the largest of what a block's backward pass, the
+loss and the embedding's gradient need for themselves, each while the others don't run.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from longcat_jax.config import (
+    MESH_AXES,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    ProxyConfig,
+    TrainConfig,
+)
+from longcat_jax.plan.job import Job
+from longcat_jax.sharding import batch_sharding
+from longcat_jax.train_step import abstract_state
+
+BATCH = ("tokens", "segment_ids", "positions")
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh without devices."""
+    sizes = tuple(getattr(config, name) for name in MESH_AXES)
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _batch(config: Config, mesh: Any) -> tuple:
+    train = config.train
+    shape, sharding = (train.global_batch, train.sequence_length + 1), batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=sharding) for name in BATCH}
+    return batch, jax.ShapeDtypeStruct((config.model.vocab_size,), "int32")
+
+
+def abstract_arguments(config: Config, mesh: Any) -> tuple:
+    """What a train step is called with, as shapes with shardings; the last is the same array
+    everywhere.
+    """
+    return abstract_state(config, mesh), *_batch(config, mesh)
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_bytes(
+    model: ModelConfig, optim: OptimConfig, proxy: ProxyConfig, mesh: MeshConfig
+) -> tuple[int, int]:
+    """Bytes on a device of the weights, and of the optimizer's state with the step's number."""
+    rows = TrainConfig(steps=1, global_batch=mesh.batch_shards, sequence_length=4 * mesh.context)
+    config = Config(model=model, train=rows, optim=optim, mesh=mesh, proxy=proxy)
+    state = abstract_state(config, abstract_mesh(mesh))
+    return bytes_per_device(state.params), bytes_per_device((state.opt_state, state.step))
+
+
+def bytes_per_device(abstract: Any) -> int:
+    """Bytes that the fullest device holds of a tree of abstract arrays; those without a sharding
+    are whole.
+    """
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
+        * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    weights: int
+    optimizer: int
+    batch: int
+    """Tokens, their places, and the table of the tokens' bytes."""
+    gradients: int
+    kept: int
+    """Activations between the forward and the backward pass."""
+    block: int
+    """While a block's backward pass runs: what it makes again, gathered weights, gradients."""
+    loss: int
+    """While logits are there: a chunk of them, and of the unembedding with its gradient."""
+    embedding: int
+    """While a lookup table is gathered, or its gradient whole."""
+
+    @property
+    def arguments(self) -> int:
+        """What the step is called with."""
+        return self.weights + self.optimizer + self.batch
+
+    @property
+    def temporaries(self) -> int:
+        """What the step needs besides."""
+        return self.gradients + self.kept + max(self.block, self.loss, self.embedding)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.arguments + self.temporaries
+
+
+def memory(job: Job) -> Memory:
+    """Bytes of the fullest device."""
+    config = job.config
+    weights, optimizer = _state_bytes(config.model, config.optim, config.proxy, config.mesh)
+    # Gradients of activations take the place of activations that they have used up.
+    values, weights_twice = _block_values(job), 2 * _gathered_block(job)
+    if config.train.remat == "none":
+        kept = values + (0 if job.gathers_again else _gathered_by_hand(job))
+        again = 0
+    else:
+        kept, again = job.tokens * _kept_values(job.model, config.train.remat), values
+    return Memory(
+        weights=weights,
+        optimizer=optimizer,
+        batch=bytes_per_device(_batch(config, abstract_mesh(config.mesh))),
+        # The sum over micro-batches stands beside the gradients of one.
+        gradients=weights * (1 if job.micro_batches == 1 else 2),
+        kept=job.model.num_layers * kept * job.itemsize,
+        block=again * job.itemsize + weights_twice,
+        loss=_loss(job),
+        embedding=_embedding(job),
+    )
+
+
+def _attention_values(model: ModelConfig) -> tuple[int, int]:
+    """Values of a token in one attention: kept selectively, and all that its gradients read."""
+    m = model
+    heads, value = m.num_attention_heads, m.num_attention_heads * m.v_head_dim
+    lse = 2 * heads  # float32
+    kept = m.q_lora_rank + heads * m.qk_head_dim + m.latent_dim + value + lse
+    keys = heads * (m.qk_nope_head_dim + m.v_head_dim)
+    return kept, kept + m.hidden_size + m.q_lora_rank + m.latent_dim + keys
+
+
+def _kept_values(model: ModelConfig, policy: str) -> int:
+    """Values that a token leaves between the passes in one block."""
+    if policy == "full":
+        return model.hidden_size
+    return 4 * model.hidden_size + 2 * _attention_values(model)[0] + 4 * model.ffn_hidden_size
+
+
+def _mixture_values(job: Job) -> int:
+    """Values of a micro-batch between dispatch and combine on one device."""
+    m = job.model
+    rows = job.rows * (2 * m.hidden_size + 3 * m.expert_ffn_hidden_size)
+    return rows + 2 * job.received * m.hidden_size
+
+
+def _dense_values(job: Job) -> int:
+    """Values of a micro-batch on the dense path that gradients read."""
+    m = job.model
+    ffn = 3 * m.ffn_hidden_size + m.hidden_size
+    router = 2 * 2 * m.num_router_outputs  # p and logits, float32
+    return job.tokens * (4 * m.hidden_size + 2 * (_attention_values(m)[1] + ffn) + router)
+
+
+def _block_values(job: Job) -> int:
+    return _dense_values(job) + _mixture_values(job)
+
+
+def _gathered_by_hand(job: Job) -> int:
+    """Values of one block's experts and up-projections on a device, whole."""
+    layers = job.model.num_layers
+    experts = job.part("experts").values // layers // job.mesh.expert
+    return experts + job.part("keys and values").values // layers
+
+
+def _gathered_block(job: Job) -> int:
+    """One block's weights as products read them, in the compute dtype."""
+    dense = (job.part("dense").values + job.part("router").values) // job.model.num_layers
+    return (dense + _gathered_by_hand(job)) * job.itemsize
+
+
+def _loss(job: Job) -> int:
+    chunk = min(job.config.train.vocab_chunk, job.model.vocab_size)
+    logits = job.tokens * chunk * (2 * job.wide + job.itemsize)
+    weights = job.model.hidden_size * chunk * (job.wide + job.itemsize)
+    hidden = job.tokens * job.model.hidden_size * (2 * job.wide + job.itemsize)
+    return logits + weights + hidden
+
+
+def _embedding(job: Job) -> int:
+    table = job.part("embedding").values
+    return table * (job.wide + job.itemsize) if job.mesh.num_devices > 1 else table * job.wide
