@@ -8,11 +8,14 @@ the model at K_e real experts per token (SPEC), whatever the router does; it is 
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # JAX's own limit is 0.75
 
 import jax
 import jax.numpy as jnp
