@@ -9,7 +9,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _common, gather_rows, grouped_gemm, scatter_add
+from pallas_kernels import (
+    _common,
+    gather_rows,
+    grouped_gemm,
+    grouped_gemm_weight_gradient,
+    scatter_add,
+)
 from pallas_kernels.gather_combine import shapes as gather_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
@@ -145,6 +151,23 @@ def test_grouped_gemm_equals_naive(groups, dtype, contract, width):
         assert helpers.relative_error(got, want) <= ROUNDING[dtype]
     assert not np.any(actual[0][total:]) and not np.any(actual[1][total:])
     assert helpers.same_bits(actual, jax.jit(product_and_gradients)(*args))
+
+
+@pytest.mark.gpu
+def test_grouped_gemm_sums_in_float32():
+    """Results that leave the kernels unrounded, and a gradient added to a sum."""
+    sizes, rng = GROUPS["uneven"], np.random.default_rng(1)
+    shapes = (ROWS, 128), (len(sizes), 128, 64), (ROWS, 64)
+    lhs, rhs, dout = (jnp.asarray(rng.standard_normal(s), "bfloat16") for s in shapes)
+    before = jnp.asarray(rng.standard_normal(shapes[1]), "float32")
+    expected_out, _, expected_drhs = exact_product_and_gradients(lhs, rhs, sizes, dout)
+    sizes = jnp.asarray(sizes)
+    out = product(lhs, rhs, sizes, out_dtype="float32")
+    assert helpers.relative_error(out, expected_out) <= 1e-6
+    total = grouped_gemm_weight_gradient(
+        lhs, dout, sizes, accumulate_GKN=before, implementation="triton"
+    )
+    assert helpers.relative_error(total, expected_drhs + np.asarray(before)) <= 1e-6
 
 
 def ids_of(case, num_rows, destinations):
