@@ -65,7 +65,15 @@ def summary(workdir: Path) -> str | None:
       ValueError: a line that cannot be read.
     """
     path = workdir / FILE
-    lines = list(read_lines(path)) if path.exists() else []
+    if not path.exists():
+        return None
+    try:
+        return _summary(list(read_lines(path)), _steps(workdir))
+    except KeyError as error:
+        raise ValueError(f"{path}: a line lacks {error}") from error
+
+
+def _summary(lines: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str | None:
     starts = [line for line in lines if line["event"] == "start"]
     if not starts:
         return None
@@ -78,6 +86,6 @@ def summary(workdir: Path) -> str | None:
     ]
     wall = lines[-1]["time"] - lines[0]["time"]
     if wall > 0:
-        kept = sum(line["step_seconds"] for line in _steps(workdir))
+        kept = sum(line["step_seconds"] for line in steps)
         parts.insert(0, f"{min(kept / wall, 1):.1%} of {wall:.0f} s in steps that count")
     return ", ".join(parts)

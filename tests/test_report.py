@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from longcat_jax import config as config_lib
+from longcat_jax.availability import AvailabilityLog
 from longcat_jax.cli import main as cli
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.metrics import MetricsWriter
@@ -118,6 +120,14 @@ def test_final_figures(complete: Path) -> None:
     assert shown == f"{experts:.3f} (target 3, {experts / 3 - 1:+.1%})"
     assert figures["time in steps"] == "2:06"
     assert figures["share of time waiting for data"] == "0.30%"
+
+
+def test_availability_is_one_of_the_figures(complete: Path, tmp_path: Path) -> None:
+    assert "availability" not in final_figures(read_run(complete))
+    shutil.copytree(complete, tmp_path / "run")
+    AvailabilityLog(tmp_path / "run", writes=True).start(650, processes=3)
+    figures = final_figures(read_run(tmp_path / "run"))
+    assert figures["availability"].startswith("0 restarts, 50 steps done again (9 s), 0 saves")
 
 
 def test_only_compressions_are_baselines(complete: Path) -> None:

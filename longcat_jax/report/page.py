@@ -98,6 +98,8 @@ def final_figures(run: Run) -> dict[str, str]:
     wait = _last_mean(run, "input_wait", len(run.rows))
     if wait is not None:
         table["share of time waiting for data"] = f"{wait:.2%}"
+    if run.availability:
+        table["availability"] = run.availability
     return table
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from longcat_jax import availability, metrics
 from longcat_jax import config as config_lib
-from longcat_jax import metrics
 from longcat_jax.baselines import BASELINES_FILE
 
 BASELINES = ("unigram", "bigram", "xz")
@@ -39,6 +39,8 @@ class Run:
     load: ExpertLoad | None
     baselines: dict[str, float]
     """Bits per byte of models that the run should be compared with, by name."""
+    availability: str | None
+    """Starts, saves and what restarts cost, as a line."""
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a key; a list per layer becomes a row of a matrix, null NaN.
@@ -66,7 +68,8 @@ def read_run(workdir: Path) -> Run:
     baselines = {}
     if (workdir / BASELINES_FILE).exists():
         baselines = _baselines(workdir / BASELINES_FILE)
-    return Run(workdir.resolve().name, config, rows, load, baselines)
+    name, available = workdir.resolve().name, availability.summary(workdir)
+    return Run(name, config, rows, load, baselines, available)
 
 
 def finite(values: np.ndarray) -> np.ndarray:
