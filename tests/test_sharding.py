@@ -259,3 +259,11 @@ def test_every_kernel_works_on_a_device_s_own_part(mesh, monkeypatch):
         traced = step.trace(state, batch, token_bytes(config))
     calls = list(_kernel_calls(traced.jaxpr.jaxpr))
     assert len(calls) > 10 and all(calls)
+
+
+def test_the_same_step_twice_on_a_mesh_is_bit_equal():
+    with exact():
+        many = trained(mesh=FSDP_CONTEXT_EXPERT, parallel=CHUNKED)
+        state, metrics = many.run(random_batch(tiny_config()))
+    assert metrics == many.losses[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), many.states[0])
