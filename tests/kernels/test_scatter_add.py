@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import scatter_add
+from pallas_kernels.scatter_add import schedule
 from tests.kernels import helpers
 
 ROWS, WIDTH, DESTINATIONS = 300, 24, 70
@@ -97,3 +98,9 @@ def test_refuses(values, ids, num_rows, message):
 def test_refuses_an_unknown_implementation():
     with pytest.raises(ValueError, match="choose None or one of 'reference'"):
         scatter_add(jnp.zeros((3, 2)), jnp.zeros(3, int), 5, implementation="atomics")
+
+
+def test_no_rows_have_a_plan():
+    planned = schedule.plan(jnp.zeros(0, jnp.int32), 5)
+    assert planned.row_R.shape == planned.id_R.shape == (0,)
+    assert planned.start_N1.tolist() == [0] * 6
