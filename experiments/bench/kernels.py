@@ -1,6 +1,6 @@
 """Kernels on one Hopper GPU: ours against cuBLAS, torch, tokamax and XLA, in one process.
 
-    python -m experiments.bench.kernels [--only grouped,skew,decode,ffn,scatter,gather] [--rounds 8]
+    python -m experiments.bench.kernels [--only grouped,skew,accumulate,...] [--rounds 8]
 
 Contenders that are not installed are left out. Draws are fixed; three operand sets rotate, larger
 than L2 together. Each table's figures come from the same minutes of the same card; a card at its
@@ -21,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import timing
-from pallas_kernels import gather_combine, gather_rows, grouped_gemm, scatter_add
+from pallas_kernels import (
+    gather_combine,
+    gather_rows,
+    grouped_gemm,
+    grouped_gemm_weight_gradient,
+    scatter_add,
+)
 from pallas_kernels.gather_combine import shapes as gather_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
@@ -51,7 +57,8 @@ def zipf_groups(rows: int, groups: int) -> np.ndarray:
     return sizes
 
 
-def _operands(shape: grouped_shapes.Shape) -> list[tuple[jax.Array, ...]]:
+def draw_operands(shape: grouped_shapes.Shape) -> list[tuple[jax.Array, ...]]:
+    """SETS times (lhs, rhs, gradient of their product), bfloat16."""
     rows, contract, width, groups = shape
     dims = (rows, contract), (groups, contract, width), (rows, width)
 
@@ -142,7 +149,7 @@ def _repeatable(compiled: Any, args: tuple[Any, ...]) -> bool:
 def bench_grouped(rounds: int) -> None:
     """The four shapes, three passes each: TFLOP/s of useful work, and ratios of ours."""
     for shape in grouped_shapes.PRODUCTION:
-        sets, sizes = _operands(shape), uneven_groups(shape.rows, shape.groups)
+        sets, sizes = draw_operands(shape), uneven_groups(shape.rows, shape.groups)
         sizes_G = jnp.asarray(sizes)
         functions: dict[str, Any] = {
             "dense jnp.dot": (lambda sets, _: [jnp.dot(lhs, rhs[0]) for lhs, rhs, _ in sets],)
@@ -176,7 +183,7 @@ def bench_grouped(rounds: int) -> None:
 def bench_skew(rounds: int) -> None:
     """Zipf-distributed groups against the uneven ones, and lax.ragged_dot."""
     shape = grouped_shapes.PRODUCTION[0]
-    sets = _operands(shape)
+    sets = draw_operands(shape)
     flops = 2 * shape.rows * shape.contract * shape.width
     contenders = {}
     for groups in (uneven_groups, zipf_groups):
@@ -198,10 +205,45 @@ def bench_skew(rounds: int) -> None:
     timing.table(f"skew, {tuple(shape)}", ["TFLOP/s"], rows)
 
 
+def bench_accumulate(rounds: int) -> None:
+    """Weight gradients of micro-batches summed in float32, from zeros on: in the kernel, and by XLA
+    after it.
+    """
+
+    def inside(sums: Any, lhs: Any, dout: Any, sizes: Any) -> Any:
+        return grouped_gemm_weight_gradient(lhs, dout, sizes, accumulate_GKN=sums)
+
+    def after(sums: Any, lhs: Any, dout: Any, sizes: Any) -> Any:
+        return sums + grouped_gemm_weight_gradient(lhs, dout, sizes).astype(jnp.float32)
+
+    def total(add: Callable[..., Any], sets: Any, sizes: Any) -> Any:
+        _, contract, width = sets[0][1].shape
+        sums = jnp.zeros((sizes.shape[0], contract, width))
+        for lhs, _, dout in sets:  # one after the other, as in a loop over micro-batches
+            sums = add(jax.lax.optimization_barrier(sums), lhs, dout, sizes)
+        return sums
+
+    for shape in grouped_shapes.PRODUCTION:
+        args = draw_operands(shape), jnp.asarray(uneven_groups(shape.rows, shape.groups))
+        adds = {"in the kernel": inside, "after it": after}
+        functions = {n: (functools.partial(total, add), args) for n, add in adds.items()}
+        compiled = timing.compile_all(functions)
+        contenders = {n: timing.jax_contender(c, args, SETS) for n, c in compiled.items()}
+        seconds = timing.medians(contenders, rounds=rounds)
+        cells = {
+            name: [f"{1e3 * s:.3f}", str(_repeatable(compiled[name], args))]
+            for name, s in seconds.items()
+        }
+        header = ["ms", f"{REPEATS} runs bit-equal"]
+        timing.table(f"sum of weight gradients, {tuple(shape)}", header, cells)
+
+
 def bench_decode(rounds: int) -> None:
     """Few rows per group: the weights' bytes per second, which bound it."""
     contract, width, groups = 6144, 4096, 32
-    weights = [a[1] for a in _operands(grouped_shapes.Shape(groups, contract, width, groups))[:2]]
+    weights = [
+        a[1] for a in draw_operands(grouped_shapes.Shape(groups, contract, width, groups))[:2]
+    ]
     functions, args = {}, {}
     for rows in (1, 8, 64):
         lhs = jax.random.normal(jax.random.key(rows), (groups * rows, contract), jnp.bfloat16)
@@ -222,8 +264,8 @@ def bench_decode(rounds: int) -> None:
 def bench_ffn(rounds: int) -> None:
     """The whole expert: gate and up, SwiGLU, down; forward and backward."""
     rows, width, hidden, groups = 32768, 6144, 2048, 16
-    gate_up = _operands(grouped_shapes.Shape(rows, width, 2 * hidden, groups))
-    down = _operands(grouped_shapes.Shape(rows, hidden, width, groups))
+    gate_up = draw_operands(grouped_shapes.Shape(rows, width, 2 * hidden, groups))
+    down = draw_operands(grouped_shapes.Shape(rows, hidden, width, groups))
     sizes_G = jnp.asarray(uneven_groups(rows, groups))
 
     def expert(x: Any, gate_up: Any, down: Any, sizes: Any) -> Any:
@@ -361,6 +403,7 @@ def bench_gather(rounds: int) -> None:
 BENCHES = {
     "grouped": bench_grouped,
     "skew": bench_skew,
+    "accumulate": bench_accumulate,
     "decode": bench_decode,
     "ffn": bench_ffn,
     "scatter": bench_scatter,

@@ -17,10 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
 from pallas_kernels.grouped_gemm import pipeline, schedule
-from pallas_kernels.grouped_gemm.schedule import CHUNK, TILE_ROWS, Tiling
-
-PRODUCT = Tiling()
-GRADIENT = Tiling(pair="rows")
+from pallas_kernels.grouped_gemm.schedule import CHUNK, DEPTH, TILE_COLUMNS, TILE_ROWS, Tiling
+from pallas_kernels.grouped_gemm.tilings import TILINGS
 
 
 def _launch(body: Any, out_type: Any, scratch: pipeline.Buffers, *operands: Any) -> Any:
@@ -63,7 +61,7 @@ def _product_kernel(
     width = out.shape[1]
     column_tiles = pl.cdiv(width, tiling.cluster_columns)
     row_tiles, total_rows = tiles.totals_2[0], tiles.totals_2[1]
-    num_steps = pl.cdiv(lhs.shape[1], tiling.depth)
+    num_steps = pl.cdiv(lhs.shape[1], DEPTH)
     count, index_of = _my_tiles(row_tiles * column_tiles)
 
     def locate(i: jax.Array) -> tuple[Any, ...]:
@@ -71,18 +69,18 @@ def _product_kernel(
         start, low, high = tiles.start_T[t], tiles.low_T[t], tiles.high_T[t]
         column = n * tiling.cluster_columns
         if tiling.pair == "columns":
-            column = column + cta * tiling.columns
+            column = column + cta * TILE_COLUMNS
         else:
             shift = cta * TILE_ROWS
             start, low, high = start + shift, low - shift, high - shift
         start = pl.multiple_of(start, schedule.ALIGNMENT)
-        return tiles.group_T[t], start, low, high, pl.multiple_of(column, tiling.columns)
+        return tiles.group_T[t], start, low, high, pl.multiple_of(column, TILE_COLUMNS)
 
     def load(
         tile: tuple[Any, ...], k: jax.Array, lhs_block: Any, rhs_block: Any, full: Any
     ) -> None:
         group, start, _, _, column = tile
-        depth, columns = pl.ds(k * tiling.depth, tiling.depth), pl.ds(column, tiling.columns)
+        depth, columns = pl.ds(k * DEPTH, DEPTH), pl.ds(column, TILE_COLUMNS)
         plgpu.copy_gmem_to_smem(
             lhs.at[pl.ds(start, TILE_ROWS), depth],
             lhs_block,
@@ -116,7 +114,6 @@ def _product_kernel(
             finish=lambda: _store_zeros(buffers.out.at[warpgroup, 0], out, total_rows),
         ),
         buffers,
-        tiling,
     )
 
 
@@ -168,10 +165,10 @@ def _gradient_kernel(
         m, n = schedule.snake(rest, row_tiles, column_tiles, tiling.panel)
         row, column = m * tiling.cluster_rows, n * tiling.cluster_columns
         if tiling.pair == "columns":
-            column = column + cta * tiling.columns
+            column = column + cta * TILE_COLUMNS
         else:
             row = row + cta * TILE_ROWS
-        row, column = pl.multiple_of(row, TILE_ROWS), pl.multiple_of(column, tiling.columns)
+        row, column = pl.multiple_of(row, TILE_ROWS), pl.multiple_of(column, TILE_COLUMNS)
         return g, row, column
 
     def load(
@@ -188,7 +185,7 @@ def _gradient_kernel(
                 collective_axes=_shared(tiling, "lhs"),
             )
             plgpu.copy_gmem_to_smem(
-                dout_from.at[*window, pl.ds(column, tiling.columns)],
+                dout_from.at[*window, pl.ds(column, TILE_COLUMNS)],
                 rhs_block,
                 full,
                 collective_axes=_shared(tiling, "rhs"),
@@ -228,8 +225,11 @@ def _gradient_kernel(
             adds=adds,
         ),
         buffers,
-        tiling,
     )
+
+
+def _tiling(name: str, shape: tuple[int, int, int, int]) -> Tiling:
+    return TILINGS.get((name, shape), TILINGS[name, None])
 
 
 def _padded(x_RW: jax.Array) -> jax.Array:
@@ -246,17 +246,19 @@ def product(
     *,
     dtype: Any,
     transposed: bool = False,
-    tiling: Tiling = PRODUCT,
+    tiling: Tiling | None = None,
 ) -> jax.Array:
     """lhs times each row's matrix: rhs [G, K, N], or [G, N, K] if transposed; in `dtype`."""
     num_rows, width = lhs_RK.shape[0], rhs.shape[1 if transposed else 2]
+    num_groups, *widths = rhs.shape
+    name = "gradient to lhs" if transposed else "forward"
+    tiling = tiling or _tiling(name, (num_rows, *widths, num_groups))
     lhs_RK = _padded(lhs_RK)
     # XLA computes each table once for all products of a layer: equal operations are merged.
     tiles = schedule.row_tiles(group_sizes_G, lhs_RK.shape[0], tiling.cluster_rows)
-    rows, columns = (tiling.depth, tiling.columns), (tiling.columns, tiling.depth)
+    rows, columns = (DEPTH, TILE_COLUMNS), (TILE_COLUMNS, DEPTH)
     scratch = pipeline.buffer_types(
-        tiling,
-        (TILE_ROWS, tiling.depth),
+        (TILE_ROWS, DEPTH),
         columns if transposed else rows,
         (lhs_RK.dtype, dtype),
     )
@@ -273,15 +275,17 @@ def weight_gradient(
     *,
     dtype: Any,
     accumulate_GKN: jax.Array | None = None,
-    tiling: Tiling = GRADIENT,
+    tiling: Tiling | None = None,
 ) -> jax.Array:
     """Sum over each group's rows of lhs[r]^T dout[r]: [G, K, N] in `dtype`; plus
     `accumulate_GKN`, in its memory where XLA can spare that.
     """
+    shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
+    tiling = tiling or _tiling("gradient to rhs", (lhs_RK.shape[0], *shape[1:], shape[0]))
     lhs_RK, dout_RN = _padded(lhs_RK), _padded(dout_RN)
     steps = schedule.row_steps(group_sizes_G, lhs_RK.shape[0])
     scratch = pipeline.buffer_types(
-        tiling, (CHUNK, TILE_ROWS), (CHUNK, tiling.columns), (lhs_RK.dtype, dtype)
+        (CHUNK, TILE_ROWS), (CHUNK, TILE_COLUMNS), (lhs_RK.dtype, dtype)
     )
 
     def edge(x_RW: jax.Array) -> jax.Array:
@@ -296,7 +300,6 @@ def weight_gradient(
         sums = jax.new_ref(accumulate_GKN)
         _launch(body, (), scratch, *operands, sums)
         return jax.freeze(sums)
-    shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
     drhs_GKN = _launch(body, jax.ShapeDtypeStruct(shape, dtype), scratch, *operands)
     drhs_GKN = _common.vary(drhs_GKN, axes)
     return drhs_GKN if accumulate_GKN is None else accumulate_GKN + drhs_GKN

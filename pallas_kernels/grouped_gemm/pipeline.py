@@ -16,10 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic
-from pallas_kernels.grouped_gemm.schedule import CHUNK, Tiling
+from pallas_kernels.grouped_gemm.schedule import CHUNK, TILE_COLUMNS
 
 COMPUTE_WARPGROUPS = 2
 LOADER = 2  # index of the loading warpgroup
+STAGES = 4  # steps in flight between the loads and the tensor cores
+SLOTS = 2  # store buffers of a warpgroup
 # 24 + 2 * 240 registers a thread: what an SM has for 3 * 128 threads.
 LOADER_REGISTERS, COMPUTE_REGISTERS = 24, 240
 
@@ -79,30 +81,30 @@ def epilogue_columns(dtype: Any) -> int:
 
 
 def buffer_types(
-    tiling: Tiling, lhs_block: tuple[int, int], rhs_block: tuple[int, int], dtypes: tuple[Any, Any]
+    lhs_block: tuple[int, int], rhs_block: tuple[int, int], dtypes: tuple[Any, Any]
 ) -> Buffers:
     """Scratch of the kernel; dtypes are those of operands and output."""
     dtype, out_dtype = dtypes
-    out_block = (COMPUTE_WARPGROUPS, tiling.slots, CHUNK, epilogue_columns(out_dtype))
+    out_block = (COMPUTE_WARPGROUPS, SLOTS, CHUNK, epilogue_columns(out_dtype))
     return Buffers(
-        lhs=plgpu.SMEM((tiling.stages, *lhs_block), dtype, transforms=_mosaic.tiled(dtype)),
-        rhs=plgpu.SMEM((tiling.stages, *rhs_block), dtype, transforms=_mosaic.tiled(dtype)),
+        lhs=plgpu.SMEM((STAGES, *lhs_block), dtype, transforms=_mosaic.tiled(dtype)),
+        rhs=plgpu.SMEM((STAGES, *rhs_block), dtype, transforms=_mosaic.tiled(dtype)),
         out=plgpu.SMEM(out_block, out_dtype, transforms=_mosaic.tiled(out_dtype, rows=1)),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         # Released by both warpgroups of both CTAs: the operand they share is written to both.
         empty=plgpu.ClusterBarrier(
             collective_axes=("pair",),
             num_arrivals=COMPUTE_WARPGROUPS,
-            num_barriers=tiling.stages,
+            num_barriers=STAGES,
         ),
     )
 
 
-def _load_all(work: Work, buffers: Buffers, stages: int) -> None:
+def _load_all(work: Work, buffers: Buffers) -> None:
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
     def slot_of(step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(stages))
+        return lax.rem(step, jnp.int32(STAGES))
 
     def load_tile(i: jax.Array, first: jax.Array) -> jax.Array:
         tile = work.locate(i)
@@ -124,28 +126,28 @@ def _load_all(work: Work, buffers: Buffers, stages: int) -> None:
     def drain(k: jax.Array, _: None) -> None:
         plgpu.barrier_wait(buffers.empty.at[slot_of(total + k)])
 
-    lax.fori_loop(0, stages, drain, None)
+    lax.fori_loop(0, STAGES, drain, None)
 
 
-def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
-    stages, slots = tiling.stages, buffers.out.at[lax.axis_index("warpgroup")]
+def _multiply_all(work: Work, buffers: Buffers) -> None:
+    slots = buffers.out.at[lax.axis_index("warpgroup")]
     dtype, width = buffers.out.dtype, buffers.out.shape[3]
-    parts = tiling.columns // width
+    parts = TILE_COLUMNS // width
     # A whole 16-bit tile is kept in registers and stored while the next one is multiplied. There is
     # no room for a 32-bit one.
     behind = jnp.dtype(dtype).itemsize == 2
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
     def release(step: jax.Array) -> None:
-        plgpu.barrier_arrive(buffers.empty.at[lax.rem(step, jnp.int32(stages))])
+        plgpu.barrier_arrive(buffers.empty.at[lax.rem(step, jnp.int32(STAGES))])
 
-    for slot in range(stages):  # every slot starts out free
+    for slot in range(STAGES):  # every slot starts out free
         plgpu.barrier_arrive(buffers.empty.at[slot])
 
     def store(part: int, values: jax.Array, place: tuple[Any, ...]) -> None:
         matrix, row, column = place
-        slot = slots.at[part % tiling.slots]
-        plgpu.wait_smem_to_gmem(tiling.slots - 1, wait_read_only=True)
+        slot = slots.at[part % SLOTS]
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         slot[...] = values[:, part * width : (part + 1) * width]
         plgpu.commit_smem()
         # The loop's carry forgot that the column is a multiple.
@@ -163,7 +165,7 @@ def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
 
         def accumulate(acc_ref: Any) -> jax.Array:
             def multiply_step(k: jax.Array, _: None) -> None:
-                slot = lax.rem(first + k, jnp.int32(stages))
+                slot = lax.rem(first + k, jnp.int32(STAGES))
                 plgpu.barrier_wait(buffers.full.at[slot])
                 plgpu.wgmma(acc_ref, *work.operands(buffers.lhs.at[slot], buffers.rhs.at[slot]))
                 for part in range(parts if behind else 0):
@@ -177,7 +179,7 @@ def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
             pl.when(mine > 0)(lambda: release(first + mine - 1))
 
             def pass_step(k: jax.Array, _: None) -> None:
-                slot = lax.rem(first + k, jnp.int32(stages))
+                slot = lax.rem(first + k, jnp.int32(STAGES))
                 plgpu.barrier_wait(buffers.full.at[slot])
                 plgpu.barrier_arrive(buffers.empty.at[slot])
 
@@ -187,7 +189,7 @@ def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
                 pl.when(late)(functools.partial(store, part, values, place))
             return acc_ref[...].astype(dtype)
 
-        values = pl.run_scoped(accumulate, plgpu.ACC((CHUNK, tiling.columns), jnp.float32))
+        values = pl.run_scoped(accumulate, plgpu.ACC((CHUNK, TILE_COLUMNS), jnp.float32))
         place = tuple(x + work.zero for x in (target.matrix, target.row, target.column))
         whole = (target.low <= work.zero) & (target.high >= CHUNK)
         if not behind:
@@ -201,7 +203,7 @@ def _multiply_all(work: Work, buffers: Buffers, tiling: Tiling) -> None:
         return first + steps + work.zero, values if behind else carry[1], whole, place
 
     zero = work.zero
-    values = jnp.zeros((CHUNK, tiling.columns if behind else width), dtype)
+    values = jnp.zeros((CHUNK, TILE_COLUMNS if behind else width), dtype)
     values = plgpu.layout_cast(values, plgpu.Layout.WGMMA)
     carry = (zero, values, zero > 0, (zero, zero, zero))
     _, values, waiting, place = lax.fori_loop(0, work.count, multiply_tile, carry)
@@ -242,10 +244,10 @@ def _store_rows(values: jax.Array, slots: Any, work: Work, target: Target) -> No
                 start = start + lax.bitwise_and(count, jnp.int32(size))
 
 
-def run(work: Work, buffers: Buffers, tiling: Tiling) -> None:
+def run(work: Work, buffers: Buffers) -> None:
     """Runs the three warpgroups of a CTA over its tiles."""
     lax.cond(
         lax.axis_index("warpgroup") == LOADER,
-        lambda: _load_all(work, buffers, tiling.stages),
-        lambda: _multiply_all(work, buffers, tiling),
+        lambda: _load_all(work, buffers),
+        lambda: _multiply_all(work, buffers),
     )

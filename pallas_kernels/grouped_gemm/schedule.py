@@ -14,6 +14,8 @@ from pallas_kernels import _mosaic
 
 CHUNK = 64  # rows of a warpgroup's part of a tile, the smallest M of a wgmma
 TILE_ROWS = 2 * CHUNK
+TILE_COLUMNS = 256  # the largest N of a wgmma
+DEPTH = 64  # of one step along the contracted dimension
 # A TMA load into the tiled buffer that wgmma reads starts at a multiple of this many rows.
 ALIGNMENT = 8
 EDGE_ROWS = CHUNK + ALIGNMENT  # at most 7 + 63 of them used
@@ -21,24 +23,16 @@ EDGE_ROWS = CHUNK + ALIGNMENT  # at most 7 + 63 of them used
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a product is cut up. A CTA has two compute warpgroups, one above the other, 64 rows each.
+    """How the tiles of a product are walked.
 
     Attributes:
-      columns: of an output tile.
-      depth: of one step along the contracted dimension.
-      stages: steps in flight between the loads and the tensor cores.
-      slots: store buffers of a warpgroup.
       panel: columns of tiles that are walked together, for reuse in L2.
       pair: a cluster is two CTAs that stand side by side along "columns" and share the lhs, or
         along "rows" and share the rhs.
     """
 
-    columns: int = 256
-    depth: int = 64
-    stages: int = 4
-    slots: int = 2
-    panel: int = 8
-    pair: str = "columns"
+    panel: int
+    pair: str
 
     @property
     def cluster_rows(self) -> int:
@@ -48,7 +42,7 @@ class Tiling:
     @property
     def cluster_columns(self) -> int:
         """Output columns of a cluster."""
-        return self.columns * (2 if self.pair == "columns" else 1)
+        return TILE_COLUMNS * (2 if self.pair == "columns" else 1)
 
 
 class RowTiles(NamedTuple):

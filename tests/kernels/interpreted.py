@@ -25,8 +25,11 @@ from pallas_kernels import (
     mla_decode,
     scatter_add,
 )
+from pallas_kernels.grouped_gemm import mosaic as grouped_mosaic
+from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
-from tests.kernels import helpers, scatter_order
+from tests.kernels import helpers, register_wgmma, scatter_order
+from tests.kernels.interpreted_attention import ATTENTIONS, attention
 
 NUM_SMS = 2
 ROWS, CONTRACT, WIDTH = 228, 128, 320
@@ -66,25 +69,28 @@ def grouped(sizes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> dict[str, Any]
 
 
 def grouped_in_float32() -> dict[str, Any]:
-    """Sums that leave the kernels unrounded; an empty group's gradient stays what it was."""
+    """Sums that leave the kernels unrounded, CTAs paired the other way; an empty group's gradient
+    stays what it was.
+    """
     rng = np.random.default_rng(1)
     sizes = GROUPS["uneven"]
     width = 256  # of whole tiles: `add_smem_to_gmem` below does not clip
     shapes = (ROWS, width), (len(sizes), width, width), (ROWS, width)
     lhs, rhs, dout = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes)
     before = rng.standard_normal(rhs.shape).astype(np.float32)
-    options = dict(implementation="mosaic", out_dtype=jnp.float32)
     sizes_G = jnp.asarray(sizes, jnp.int32)
-    out = grouped_gemm(lhs, rhs, sizes_G, **options)
-    drhs = grouped_gemm_weight_gradient(lhs, dout, sizes_G, **options)
-    options |= dict(accumulate_GKN=jnp.asarray(before))
-    total = grouped_gemm_weight_gradient(lhs, dout, sizes_G, **options)
+    rows, columns = (Tiling(panel=4, pair=pair) for pair in ("rows", "columns"))
+    out = grouped_mosaic.product(lhs, rhs, sizes_G, dtype=jnp.float32, tiling=rows)
+    drhs = grouped_mosaic.weight_gradient(lhs, dout, sizes_G, dtype=jnp.float32, tiling=columns)
+    total = grouped_gemm_weight_gradient(
+        lhs, dout, sizes_G, accumulate_GKN=jnp.asarray(before), implementation="mosaic"
+    )
     wide = [np.asarray(x, np.float64) for x in (lhs, rhs, dout)]
     expected, gradient = np.zeros((ROWS, width)), np.zeros(rhs.shape)
     for g, end in enumerate(np.cumsum(sizes)):
-        rows = slice(end - sizes[g], end)
-        expected[rows] = wide[0][rows] @ wide[1][g]
-        gradient[g] = wide[0][rows].T @ wide[2][rows]
+        part = slice(end - sizes[g], end)
+        expected[part] = wide[0][part] @ wide[1][g]
+        gradient[g] = wide[0][part].T @ wide[2][part]
     empty = sizes.index(0)
     return {
         "out": helpers.relative_error(out, expected),
@@ -207,8 +213,15 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "dispatch": dispatch,
     **{f"scatter {name}": lambda name=name: scatter(name) for name in SCATTERS},
     **{f"decode {name}": lambda case=case: decode(case) for name, case in DECODES.items()},
+    **{f"attention {name}": lambda case=case: attention(case) for name, case in ATTENTIONS.items()},
 }
-RACES = {"grouped uneven", "scatter uniform", "dispatch", "decode two row tiles"}
+RACES = {
+    "grouped uneven",
+    "scatter uniform",
+    "dispatch",
+    "decode two row tiles",
+    "attention packed",
+}
 
 
 def multiply_add(sums: jax.Array, a: Any, b: Any) -> jax.Array:
@@ -227,6 +240,7 @@ def main(names: list[str]) -> None:
     _mosaic.num_sms = lambda: NUM_SMS
     _mosaic.multiply_add = multiply_add
     _mosaic.add_smem_to_gmem = add_smem_to_gmem
+    register_wgmma.install()
     for name in names or CASES:
         start = time.perf_counter()
         params = plgpu.InterpretGPUParams(detect_races=name in RACES)
