@@ -10,7 +10,7 @@ larger than L2 together. "ragged": lengths uniform between an eighth of the cach
 import argparse
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
@@ -26,7 +26,7 @@ from pallas_kernels.mla_decode import shapes
 SCALE = 192**-0.5
 PAGE = 64
 REPEATS = 100
-OPERANDS_BYTES = 4e8  # of all operand sets together, at least
+OPERANDS_BYTES = 6e8  # of all operand sets together, at least
 CHECKED_ENTRIES = 1024
 
 
@@ -83,30 +83,50 @@ def _torch_contender(shape: shapes.Shape, sets: list[Any]) -> dict[str, timing.C
     return {"torch": timing.Contender(run, len(sets), lambda _: torch.cuda.synchronize())}
 
 
-def bench(shape: shapes.Shape, lengths: np.ndarray, title: str, rounds: int) -> None:
-    """One table: microseconds, bytes of the cache per second, and that over the copy's."""
-    moved = _cache_bytes(shape, lengths)
-    count = max(1, round(OPERANDS_BYTES / moved))
+def _num_sets(shape: shapes.Shape) -> int:
+    return max(1, round(OPERANDS_BYTES / _cache_bytes(shape, _full(shape))))
+
+
+def _full(shape: shapes.Shape) -> np.ndarray:
+    return np.full(shape.batch, shape.entries)
+
+
+def _compile(benched: tuple[shapes.Shape, ...]) -> dict[tuple[shapes.Shape, str], Any]:
+    """All programs; arguments (operand sets, lengths, block tables)."""
+    programs = {}
+    for shape in benched:
+        operands = [jax.eval_shape(lambda shape=shape: _draw(jax.random.key(0), shape))]
+        tables = jax.ShapeDtypeStruct((shape.batch, shape.entries // PAGE), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
+        args = operands * _num_sets(shape), lengths, tables
+        for name, run in _functions(shape).items():
+            programs[shape, name] = (
+                lambda sets, *rest, run=run: [run(*arrays, *rest) for arrays in sets],
+                args,
+            )
+    return timing.compile_all(programs)
+
+
+def bench(shape: shapes.Shape, compiled: Mapping[str, Any], rounds: int) -> None:
+    """Tables of microseconds, bytes of the cache per second, and that over the copy's."""
+    count, pages = _num_sets(shape), shape.batch * shape.entries // PAGE
     sets = [jax.block_until_ready(_draw(jax.random.key(i), shape)) for i in range(count)]
-    pages = shape.batch * shape.entries // PAGE
     order = np.random.default_rng(0).permutation(pages).reshape(shape.batch, -1)
-    args = sets, jnp.asarray(lengths, jnp.int32), jnp.asarray(order, jnp.int32)
-    functions = {
-        name: (lambda sets, *rest, run=run: [run(*arrays, *rest) for arrays in sets], args)
-        for name, run in _functions(shape).items()
-    }
-    compiled = timing.compile_all(functions)
-    contenders = {n: timing.jax_contender(c, args, count) for n, c in compiled.items()}
-    if lengths.min() == shape.entries:
-        contenders |= _torch_contender(shape, sets)
-    seconds = timing.medians(contenders, rounds=rounds)
-    copied = 2 * _cache_bytes(shape, np.full(shape.batch, shape.entries)) / seconds["copy"]
-    rows = {}
-    for name, s in seconds.items():
-        rate = copied if name == "copy" else moved / s
-        rows[name] = [f"{1e6 * s:.0f}", f"{rate / 1e12:.2f}", f"{rate / copied:.2f}"]
-    timing.table(title, ["us", "TB/s", "x copy"], rows)
-    print(f"{REPEATS} runs bit-equal: {_repeatable(compiled['ours'], args)}", flush=True)
+    ragged = np.random.default_rng(0).integers(shape.entries // 8, shape.entries + 1, shape.batch)
+    cases = {"full": _full(shape)} | ({"ragged": ragged} if shape.batch > 1 else {})
+    for case, lengths in cases.items():
+        args = sets, jnp.asarray(lengths, jnp.int32), jnp.asarray(order, jnp.int32)
+        contenders = {n: timing.jax_contender(c, args, count) for n, c in compiled.items()}
+        if case == "full":
+            contenders |= _torch_contender(shape, sets)
+        seconds = timing.medians(contenders, rounds=rounds)
+        copied = 2 * _cache_bytes(shape, _full(shape)) / seconds["copy"]
+        rows = {}
+        for name, s in seconds.items():
+            rate = copied if name == "copy" else _cache_bytes(shape, lengths) / s
+            rows[name] = [f"{1e6 * s:.0f}", f"{rate / 1e12:.2f}", f"{rate / copied:.2f}"]
+        timing.table(f"{tuple(shape)}, {case}", ["us", "TB/s", "x copy"], rows)
+        print(f"{REPEATS} runs bit-equal: {_repeatable(compiled['ours'], args)}", flush=True)
 
 
 def _repeatable(compiled: Any, args: tuple[Any, ...]) -> bool:
@@ -148,14 +168,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.rounds} rounds")
+    benched = (*shapes.PRODUCTION, shapes.LONG)
+    programs = _compile(benched)
+    for shape in benched:
+        bench(shape, {n: p for (s, n), p in programs.items() if s == shape}, args.rounds)
     errors()
-    for shape in (*shapes.PRODUCTION, shapes.LONG):
-        lengths = {"full": np.full(shape.batch, shape.entries)}
-        if shape.batch > 1:
-            rng = np.random.default_rng(0)
-            lengths["ragged"] = rng.integers(shape.entries // 8, shape.entries + 1, shape.batch)
-        for name, values in lengths.items():
-            bench(shape, values, f"{tuple(shape)}, {name}", args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Absorbed MLA decode for Hopper: each cache tile is read once and used as keys and as values.
 
 A CTA owns up to 64 rows (a row is a head of a query token) and one split of a sequence's cache. One
-warpgroup loads, one computes the scores, their softmax and the left half of the value columns, one
-the right half: 64 x 512 sums don't fit into the registers of one. Splits are a function of shapes
-only, and XLA joins them in fixed order. That the latent serves both products from one tile in
-shared memory, and the halves, are ideas of FlashMLA (github.com/deepseek-ai/FlashMLA).
+warpgroup loads, one computes the scores, their softmax and the left part of the value columns, one
+the rest: 64 x 512 sums don't fit into the registers of one. Splits are a function of shapes only,
+and XLA joins them in fixed order. That the latent serves both products from one tile in shared
+memory, and the parts, are ideas of FlashMLA (github.com/deepseek-ai/FlashMLA).
 
 B batch, T new tokens, H heads, R rows (T * H, padded), S cache entries, U cache width, C latent
 width, N splits of the cache, P pages of a row.
@@ -162,11 +162,15 @@ def _zeros(work: Work, columns: int) -> jax.Array:
     return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
 
-def _last_seen(work: Work, plan: Plan) -> jax.Array:
-    """The last entry that each row sees."""
-    row = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA)
+def _masked(scores: jax.Array, first: jax.Array, work: Work, plan: Plan) -> jax.Array:
+    """Scores of the tile from entry `first` on; -inf where the entry is past the row's token."""
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, scores.shape, dim, layout=plgpu.Layout.WGMMA)
+        for dim in range(2)
+    )
     token = lax.div(row + work.row, jnp.full_like(row, plan.heads))
-    return work.length - plan.tokens + jnp.minimum(token, plan.tokens - 1)
+    position = work.length - plan.tokens + jnp.minimum(token, plan.tokens - 1)
+    return jnp.where(column + first <= position, scores, -jnp.inf)
 
 
 def _score(work: Work, out: Any, stats: Any, buffers: Buffers, *, plan: Plan, scale: float) -> None:
@@ -186,9 +190,9 @@ def _score(work: Work, out: Any, stats: Any, buffers: Buffers, *, plan: Plan, sc
 
         scores = pl.run_scoped(multiply, plgpu.ACC((TILE, TILE), jnp.float32))
         scores = scores * (scale * LOG2_E)
-        entry = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=layout)
-        seen = entry + (work.first + i * TILE) <= _last_seen(work, plan)
-        scores = jnp.where(seen, scores, -jnp.inf)
+        first = work.first + i * TILE
+        all_seen = first + TILE + plan.tokens <= work.length + 1
+        scores = lax.cond(all_seen, lambda s: s, lambda s: _masked(s, first, work, plan), scores)
         new_top = jnp.maximum(top, scores.max(axis=1))
         factor = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
@@ -309,7 +313,7 @@ def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) 
         split=-(-entries // (splits * TILE)) * TILE,
         stages=min(stages, MAX_STAGES),
         pair=2 if row_tiles % 2 == 0 else 1,
-        left=value_dim // 4 // 64 * 64,
+        left=value_dim * 3 // 8 // 64 * 64,
     )
 
 

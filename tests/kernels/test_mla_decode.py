@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import mla_decode
+from pallas_kernels import _common, mla_decode
 from pallas_kernels.mla_decode import mosaic, shapes
 from tests.kernels import helpers
+from tests.kernels import interpreted as interpreted_cases
 
 BATCH, TOKENS, HEADS, ENTRIES, LATENT, ROPE = 4, 2, 3, 13, 10, 6
 SCALE = 0.3
@@ -124,17 +125,32 @@ def test_mosaic_has_no_races(interpreted):
     assert interpreted["decode two row tiles"]["races"] is False
 
 
+@pytest.mark.parametrize("page", [0, 64])
 @pytest.mark.parametrize("shape", [*shapes.PRODUCTION, shapes.LONG])
-def test_mosaic_lowers_for_cuda(shape):
+def test_mosaic_lowers_for_cuda(shape, page):
     batch, tokens, heads, entries, latent, rope = shape
-    args = (
-        spec(batch, tokens, heads, latent + rope),
-        spec(batch, entries, latent + rope),
-        spec(batch, dtype="int32"),
-    )
-    run = functools.partial(mosaic_decode, value_dim=latent)
-    text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text
+    cache = spec(batch, entries, latent + rope)
+    tables = None
+    if page:
+        cache = spec(batch * entries // page, page, latent + rope)
+        tables = spec(batch, entries // page, dtype="int32")
+    q, lengths = spec(batch, tokens, heads, latent + rope), spec(batch, dtype="int32")
+
+    def run(q, cache, lengths, tables):
+        return mosaic_decode(q, cache, lengths, value_dim=latent, block_tables_BP=tables)
+
+    traced = jax.jit(run).trace(q, cache, lengths, tables)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", [*interpreted_cases.DECODES, "released width"])
+def test_mosaic_equals_exact_attention_on_a_gpu(case):
+    if _common.compute_capability() != _common.HOPPER:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    wide = interpreted_cases.Decode(2, 64, 512, 64, 1024, (1000, 129, 1, 0), page=64)
+    assert_exact_enough(interpreted_cases.decode(interpreted_cases.DECODES.get(case, wide)))
 
 
 @pytest.mark.parametrize(
