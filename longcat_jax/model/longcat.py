@@ -27,7 +27,7 @@ from longcat_jax.model.rope import rope_table
 from longcat_jax.model.router import RouterStatistics, router_statistics
 from longcat_jax.parallel.context import natural
 from longcat_jax.parameters import embedding, matrix, norm_weight, scale_variance, stack_layers
-from longcat_jax.sharding import constrain_activations, without_mesh
+from longcat_jax.sharding import axis_size, constrain_activations, without_mesh
 
 Params = dict[str, Any]
 
@@ -200,8 +200,10 @@ def forward(
     """Logits of whole rows, without a cache.
 
     Raises:
-      ValueError: `mtp` asked of a model without the head.
+      ValueError: `mtp` asked of a model without the head, or a mesh that cuts rows.
     """
+    if axis_size("context") > 1:
+        raise ValueError("forward: takes whole rows, the mesh cuts them over context")
     if mtp and "mtp" not in params:
         raise ValueError("mtp=True: this model has no MTP head (num_nextn_predict_layers=0)")
     sequence = Sequence.whole_rows(tokens_BT)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from longcat_jax.config import MeshConfig
+from longcat_jax.model.longcat import forward
 from longcat_jax.model.mla import MLA, AttentionInput
 from longcat_jax.model.rope import rope_table
 from longcat_jax.parallel.context import natural, zigzag, zigzag_order
@@ -33,6 +34,12 @@ def test_natural_order_comes_back_and_nothing_moves_without_the_axis():
     with jax.set_mesh(make_mesh(MeshConfig(context=4))):
         np.testing.assert_array_equal(zigzag(x)[0], zigzag_order(TOKENS, 4))
         np.testing.assert_array_equal(natural(zigzag(x)), x)
+
+
+def test_forward_refuses_a_mesh_that_cuts_rows():
+    with jax.set_mesh(make_mesh(MeshConfig(context=2))):
+        with pytest.raises(ValueError, match="takes whole rows, the mesh cuts them over context"):
+            forward({}, CONFIG, np.zeros((ROWS, TOKENS), np.int32))
 
 
 def test_attention_of_packed_rows_equals_that_of_one_device():
