@@ -36,12 +36,19 @@ def permute_by_expert(experts_TK: jax.Array, num_experts: int, num_rows: int) ->
     if num_rows < T * min(K, num_experts):
         wants_S &= jnp.cumsum(wants_S, dtype=jnp.int32) <= num_rows
     key_S = jnp.where(wants_S, experts_TK.reshape(-1), num_experts)
-    sizes_X = (key_S[:, None] == jnp.arange(num_experts)[None]).sum(0, dtype=jnp.int32)
-    row_R = jnp.arange(num_rows, dtype=jnp.int32)
-    used_R = row_R < sizes_X.sum()
-    slot_of_row_R = jnp.where(used_R, jnp.argsort(key_S, stable=True)[:num_rows], slots)
+    narrow = jnp.uint16 if num_experts < 2**16 else jnp.int32  # a GPU sorts by 8 bits at a time
+    order_S = jnp.argsort(key_S.astype(narrow), stable=True).astype(jnp.int32)
+    sorted_S = key_S[order_S]
+    place_S = jnp.arange(slots, dtype=jnp.int32)
+    last_S = sorted_S != jnp.append(sorted_S[1:], -1)
+    ends_X = jnp.zeros(num_experts, jnp.int32)
+    ends_X = ends_X.at[jnp.where(last_S, sorted_S, num_experts)].set(place_S + 1, mode="drop")
+    ends_X = jax.lax.cummax(ends_X)  # nobody's end is the one before
+    row_R = place_S[:num_rows]
+    slot_of_row_R = jnp.where(row_R < ends_X[-1], order_S[:num_rows], slots)
     row_of_slot = jnp.full(slots, num_rows, jnp.int32).at[slot_of_row_R].set(row_R, mode="drop")
-    return Permutation(slot_of_row_R // K, row_of_slot.reshape(T, K), sizes_X)
+    order = slot_of_row_R // K, row_of_slot.reshape(T, K), jnp.diff(ends_X, prepend=0)
+    return Permutation(*map(keep, order))  # small, and made by a sort
 
 
 def real_experts(

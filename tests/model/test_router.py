@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longcat_jax.model.router import Router, Routing, balance_loss, router_statistics, select
-from tests.helpers import SIZES, exact, tiny_config
+from longcat_jax.model.router import (
+    Router,
+    Routing,
+    balance_loss,
+    largest_one_by_one,
+    router_statistics,
+    select,
+    wide_product,
+)
+from tests.helpers import SIZES, exact, relative_error, tiny_config
 
 ROWS, TOKENS = 2, 13
 CONFIG = tiny_config().model
@@ -100,6 +108,26 @@ def test_router_of_a_bfloat16_model_computes_in_float32():
     assert routing.p_BTE.dtype == routing.gates_BTK.dtype == jnp.float32
     wanted = _softmax(np.asarray(x_low, np.float64) @ np.float32(weights["classifier"]))
     np.testing.assert_allclose(routing.p_BTE, wanted, rtol=2e-6)
+
+
+def test_product_of_bfloat16_and_float32_rounds_neither():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(ROWS, TOKENS, D)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(D, E)) * 2.0 ** rng.integers(-12, 12, (D, E)), jnp.float32)
+    dout = jnp.asarray(rng.normal(size=(ROWS, TOKENS, E)), jnp.float32)
+    out, vjp = jax.vjp(wide_product, x, w)
+    dx, dw = vjp(dout)
+    wide = [np.asarray(a, np.float64) for a in (x, w, dout)]
+    assert (out.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert relative_error(out, wide[0] @ wide[1]) <= 1e-6
+    assert relative_error(dw, np.einsum("btd,bte->de", wide[0], wide[2])) <= 1e-6
+    assert relative_error(dx, wide[2] @ wide[1].T) <= 4e-3
+
+
+def test_largest_one_by_one_selects_what_top_k_does():
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.integers(-4, 4, (ROWS, TOKENS, E)) / 8)  # many ties
+    np.testing.assert_array_equal(largest_one_by_one(x, K), jax.lax.top_k(x, K)[1])
 
 
 def test_shift_is_added_to_every_p_after_the_softmax():
