@@ -93,8 +93,8 @@ def _jax_products() -> dict[str, Callable[..., Any]]:
         import tokamax
 
         products["tokamax"] = tokamax.ragged_dot
-    except ImportError:
-        pass
+    except ImportError as error:  # of a package that it needs, too
+        print(f"tokamax is left out: {error}")
     return products
 
 
