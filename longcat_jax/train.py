@@ -76,7 +76,7 @@ class Trainer:
         self.part = dict(
             zip(("process_index", "process_count"), multihost.part_of_rows(*rows), strict=True)
         )
-        self.iterator = multihost.first_before_others(self._open_data, "data")
+        self.iterator = multihost.first_before_others(self._open_data)
         self.token_bytes = token_sizes(config, directory / workdir.DATA)
         self.watched = self._on_mesh(next(self._validation()))
         self.checkpoints = Checkpoints(directory, config.train)
@@ -106,7 +106,7 @@ class Trainer:
         """The state of the last checkpoint, or a new one; metrics and data are set to its step."""
         step = multihost.of_first(max(self.checkpoints.steps(), default=0))
         state = self._restored(step) if step else start.new_state(self.config, self.mesh)
-        multihost.first_alone(lambda: self._forget_after(step), "metrics")
+        multihost.first_alone(lambda: self._forget_after(step))
         return state, step
 
     def _forget_after(self, step: int) -> None:
@@ -338,7 +338,7 @@ def train(config: Config, directory: Path, *, profile: tuple[int, int] | None = 
     multihost.check_same(json.dumps(to_mapping(config)), "the config")
     lock = workdir.locked(directory) if multihost.is_first() else contextlib.nullcontext()
     with lock, jax.set_mesh(mesh), multihost.stop_wishes() as stop_asked:
-        multihost.first_alone(lambda: workdir.claim(directory, config), "claim")
+        multihost.first_alone(lambda: workdir.claim(directory, config))
         print(describe(config, mesh), flush=True)
         trainer = Trainer(config, directory, mesh)
         try:

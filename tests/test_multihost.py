@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -78,8 +78,14 @@ class Job:
     """The processes of a job; leaving the context kills what is left of it."""
 
     def __init__(
-        self, config: Config, workdir: Path, *, processes: int = 2, before: tuple[str, ...] = ()
+        self,
+        config: Config,
+        workdir: Path,
+        *,
+        before: tuple[str, ...] = (),
+        options: Sequence[tuple[str, ...]] = ((), ()),
     ) -> None:
+        processes = len(options)
         self.workdir = workdir
         workdir.mkdir(parents=True, exist_ok=True)
         path, port = workdir.with_suffix(".json"), free_port()
@@ -99,7 +105,7 @@ class Job:
         self.errors = [workdir.with_suffix(f".{i}.err").open("w+") for i in range(processes)]
         self.processes = [
             subprocess.Popen(
-                [*command, f"--process_id={i}"],
+                [*command, f"--process_id={i}", *options[i]],
                 stdout=self.outputs[i],
                 stderr=self.errors[i],
                 env=environment,
@@ -253,6 +259,9 @@ def test_last_words_make_one_line_of_an_abort_and_pass_the_rest() -> None:
     assert (
         second.startswith(b"stopped: process 3 of this job is gone;") and second.count(b"\n") == 1
     )
+    again = b"ABORTED: 12 unexpectedly tried to connect with a different incarnation.\n"
+    (line,) = last_words.passed([abort + again])
+    assert line.startswith(b"stopped: process 12 of this job is gone;")
     (line,) = last_words.passed([abort, b"Failed to send RPC to coordination service\n"])
     assert line.startswith(b"stopped: process 0 of this job, or the way to it, is gone;")
     (line,) = last_words.passed([abort, b"RPC: /xla.coordination/RegisterTask\n"])
@@ -344,3 +353,129 @@ def test_availability_counts_what_restarts_cost(tmp_path: Path) -> None:
 def test_job_files_are_shell() -> None:
     for name in ("supervise.sh", "slurm.sh"):
         subprocess.run(["bash", "-n", ROOT / "docs" / "jobs" / name], check=True)
+
+
+# The whole model, trained by two processes of four devices each.
+SPREAD = dict(data=2, expert=4)
+LAST = 10
+SUPERVISED = ("sh", str(ROOT / "docs" / "jobs" / "supervise.sh"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with Job(spread_job(corpus), workdir) as run:
+        assert run.statuses() == [0, 0], run.everything()
+    return workdir
+
+
+def spread_job(corpus: Path) -> Config:
+    return job(corpus, mesh=SPREAD, train=dict(steps=LAST, eval_every=5))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    train(spread_job(corpus), tmp_path / "alone")
+    assert_same_run(uninterrupted, tmp_path / "alone", LAST, error=1e-10)
+    # Adam's first moments are sums of gradients: the first checkpoint's compare those.
+    assert_same_run(uninterrupted, tmp_path / "alone", 2, error=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_ends_the_job_and_supervisors_restart_it(
+    corpus: Path, uninterrupted: Path, tmp_path: Path, victim: int
+) -> None:
+    workdir = tmp_path / "killed"
+    with Job(spread_job(corpus), workdir, before=SUPERVISED) as run:
+        run.until_step(5)
+        kill_child(run.processes[victim])
+        killed = time.monotonic()
+        gone = f"stopped: process {victim} of this job"
+        run.until(lambda: gone in run.text(1 - victim, errors=True))
+        assert time.monotonic() - killed < 60
+        assert run.statuses() == [0, 0], run.everything()
+        for index in (0, 1):
+            said = run.text(index, errors=True).splitlines()
+            assert any(line.startswith("supervise: status") for line in said)
+            others = [line for line in said if gone not in line and "supervise:" not in line]
+            assert all("Killed" in line or "Aborted" in line for line in others), others
+    assert_same_run(workdir, uninterrupted, LAST)
+    assert "1 restarts" in availability.summary(workdir)
+
+
+def kill_child(supervisor: subprocess.Popen) -> None:
+    """kill -9 of what a supervisor has started."""
+    path = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
+    (child,) = path.read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_both_and_one_alone_goes_on(
+    corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    workdir, config = tmp_path / "stopped", spread_job(corpus)
+    with Job(config, workdir) as run:
+        run.until_step(2)
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.statuses() == [STOPPED_EARLY] * 2, run.everything()
+    last = Checkpoints(workdir).steps()[-1]
+    assert 2 < last < LAST
+    assert [line["step"] for line in lines(workdir) if "loss" in line] == list(range(1, last + 1))
+    train(config, workdir)
+    # One process adds gradients of eight devices in another order than two processes.
+    assert_same_run(workdir, uninterrupted, LAST, error=1e-10)
+
+
+@pytest.mark.slow
+def test_a_save_that_a_kill_interrupts_is_no_checkpoint(
+    corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    workdir, config = tmp_path / "torn", spread_job(corpus)
+    folder = workdir / "checkpoints"
+
+    def saving_step_4() -> bool:
+        return any(path.name.startswith("4.") for path in folder.glob("*"))
+
+    with Job(config, workdir) as run:
+        run.until(saving_step_4)
+        for process in run.processes:
+            process.kill()
+        assert run.statuses() == [-signal.SIGKILL] * 2
+    assert saving_step_4() and Checkpoints(workdir).steps() == [2]
+    with Job(config, workdir) as run:
+        assert run.statuses() == [0, 0], run.everything()
+        assert "resuming from step 2" in run.text(0)
+    assert not saving_step_4()
+    assert_same_run(workdir, uninterrupted, LAST)
+
+
+@pytest.mark.slow
+def test_restart_on_another_mesh_and_other_processes(
+    corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    copy_until(uninterrupted, 6, tmp_path / "moved")
+    other = job(corpus, mesh=dict(fsdp=2, expert=2), train=dict(steps=LAST, eval_every=5))
+    with Job(other, tmp_path / "moved") as run:
+        assert run.statuses() == [0, 0], run.everything()
+    assert_same_run(tmp_path / "moved", uninterrupted, LAST, error=1e-9)
+
+
+@pytest.mark.slow
+def test_an_error_is_told_once_and_ends_all(corpus: Path, tmp_path: Path) -> None:
+    with Job(job(tmp_path / "nowhere", mesh=SPREAD), tmp_path / "all") as run:
+        assert run.statuses(seconds=60) == [1, 1], run.everything()
+        told = run.text(0, errors=True)
+        assert told.startswith("longcat train: ") and "nowhere" in told and told.count("\n") == 1
+        assert run.text(1, errors=True) == ""
+    other = [(), ("--config.seed=4",)]
+    with Job(spread_job(corpus), tmp_path / "one", options=other) as run:
+        assert run.statuses(seconds=60) == [1, 1], run.everything()
+        reason = (
+            "process 1: the config differs from process 0's; give all processes the same command"
+        )
+        assert run.text(0, errors=True) == f"stopped: process 1 failed ({reason})\n"
+        assert run.text(1, errors=True) == f"longcat train: {reason}\n"
+    assert not (tmp_path / "one" / "config.json").exists()

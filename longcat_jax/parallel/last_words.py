@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator
 
 ABORTS = b"Terminating process because the JAX distributed service detected fatal errors"
 JOINING = b"/RegisterTask"
-MISSED = re.compile(rb"stopped sending heartbeats\):\s*([^\n]*\d)")
+MISSED = re.compile(
+    rb"stopped sending heartbeats\):\s*([^\n]*\d)|(\d+) unexpectedly tried to connect"
+)
+"""Processes that are silent, or were killed and already started again."""
 
 
 def one_line(message: bytes) -> bytes:
@@ -23,7 +26,9 @@ def one_line(message: bytes) -> bytes:
         )
     missed = MISSED.search(message)
     if missed:
-        who = b"process " + b", ".join(re.findall(rb"\d+", missed[1])) + b" of this job"
+        who = (
+            b"process " + b", ".join(re.findall(rb"\d+", missed[1] or missed[2])) + b" of this job"
+        )
     else:
         who = b"process 0 of this job, or the way to it,"
     return (

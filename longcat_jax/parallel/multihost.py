@@ -12,7 +12,7 @@ stop at the same step, with a checkpoint.
 
 import atexit
 import contextlib
-import hashlib
+import itertools
 import os
 import signal
 import socket
@@ -34,11 +34,13 @@ from longcat_jax.config import ConfigError
 
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 30
-SHUTDOWN_SECONDS = 30
+SHUTDOWN_SECONDS = 300
+"""Wait of a process that is done for the others."""
 FIRST_SPEAKS_SECONDS = 2
 """An error that all processes meet is told by process 0: the others wait this long for it."""
 FAILED = "longcat/failed"
 DAYS_MS = 1 << 31
+_number = itertools.count()
 
 
 @contextlib.contextmanager
@@ -75,7 +77,6 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
     threading.Thread(target=_end_with_others, args=(index,), daemon=True).start()
     try:
         yield
-        _wait_for_all("end")
     except BaseException as error:
         _end_others(index, error)
         raise
@@ -148,30 +149,36 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def _wait_for_all(name: str) -> None:
-    multihost_utils.sync_global_devices(name)
-
-
-def first_alone(work: Callable[[], object], name: str) -> None:
-    """Does `work` in process 0; the others go on when it is done."""
+def _of_first(text: str) -> str:
+    """Process 0's `text`, in every process; the others wait for it, however long it takes."""
+    client = distributed.global_state.client
+    if client is None:
+        return text
+    key = f"longcat/said/{next(_number)}"
     if is_first():
-        work()
-    _wait_for_all(name)
-
-
-def first_before_others[T](work: Callable[[], T], name: str) -> T:
-    """Does `work` in process 0, then in the others, which find there what the first one made."""
-    if is_first():
-        result = work()
-        _wait_for_all(name)
-        return result
-    _wait_for_all(name)
-    return work()
+        client.key_value_set(key, text)
+        return text
+    return client.blocking_key_value_get(key, DAYS_MS)
 
 
 def of_first(value: int) -> int:
     """Process 0's `value`, in every process."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return int(_of_first(str(value)))
+
+
+def first_alone(work: Callable[[], object]) -> None:
+    """Does `work` in process 0; the others go on when it is done."""
+    if is_first():
+        work()
+    _of_first("done")
+
+
+def first_before_others[T](work: Callable[[], T]) -> T:
+    """Does `work` in process 0, then in the others, which find there what the first one made."""
+    if is_first():
+        result = work()
+    _of_first("done")
+    return result if is_first() else work()
 
 
 def check_same(text: str, what: str) -> None:
@@ -180,8 +187,7 @@ def check_same(text: str, what: str) -> None:
     Raises:
       ConfigError: it isn't.
     """
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
-    if not np.array_equal(multihost_utils.broadcast_one_to_all(digest), digest):
+    if _of_first(text) != text:
         raise ConfigError(
             f"process {jax.process_index()}: {what} differs from process 0's; give all processes "
             "the same command"
