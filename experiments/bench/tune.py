@@ -1,8 +1,9 @@
 """Regenerates the table of tilings of the Mosaic grouped GEMM from times on one Hopper GPU.
 
-    python -m experiments.bench.tune [--rounds 9] [--write]
+    python -m experiments.bench.tune [--rounds 9] [--shapes 0 1 2 3] [--write]
 
-Times every pass of the shapes in pallas_kernels/grouped_gemm/shapes.py with every tiling, and the
+Times every pass of the production shapes in pallas_kernels/grouped_gemm/shapes.py, or of those
+with the given numbers, with every tiling, and the
 first tiling twice: what differs between these two is noise, and another tiling must beat both by
 more. Prints the times; --write replaces pallas_kernels/grouped_gemm/tilings.py.
 """
@@ -30,7 +31,7 @@ CANDIDATES = {
 LEAST_GAIN = 0.02  # however quiet the run
 HEADER = '''"""How the Mosaic grouped GEMM cuts up its products.
 
-Written by `python -m experiments.bench.tune` from times on one {device}.
+Written by `python -m experiments.bench.tune --write` on one {device}.
 """
 
 from pallas_kernels.grouped_gemm.schedule import Tiling
@@ -114,10 +115,11 @@ def main() -> None:
     """Parses the command line, measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(PRODUCTION)))
     parser.add_argument("--write", action="store_true", help="replace the checked-in table")
     args = parser.parse_args()
     measured = {}
-    for shape in PRODUCTION:
+    for shape in (PRODUCTION[i] for i in args.shapes):
         measured[shape] = measure(shape, args.rounds)
         flops = 2 * shape.rows * shape.contract * shape.width
         for name, times in measured[shape].items():

@@ -1,6 +1,7 @@
 """How the Mosaic grouped GEMM cuts up its products.
 
-Written by `python -m experiments.bench.tune` from times on one NVIDIA H100 80GB HBM3.
+From times on one NVIDIA H100 80GB HBM3 (experiments/LOG.md); `python -m experiments.bench.tune
+--write` replaces this module.
 """
 
 from pallas_kernels.grouped_gemm.schedule import Tiling
