@@ -3,9 +3,9 @@
     python -m experiments.bench.tune [--rounds 9] [--shapes 0 1 2 3] [--write]
 
 Times every pass of the production shapes in pallas_kernels/grouped_gemm/shapes.py, or of those
-with the given numbers, with every tiling, and the
-first tiling twice: what differs between these two is noise, and another tiling must beat both by
-more. Prints the times; --write replaces pallas_kernels/grouped_gemm/tilings.py.
+with the given numbers, with every tiling, and the first tiling twice: what differs between these
+two is noise, and another tiling must beat both by more. Prints the times; --write replaces
+pallas_kernels/grouped_gemm/tilings.py.
 """
 
 import argparse
