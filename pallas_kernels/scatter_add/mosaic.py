@@ -20,6 +20,7 @@ from pallas_kernels.scatter_add.schedule import BLOCK, FAN, plan
 UNROLL = 4  # rows in flight
 MAX_LINES = 16  # lines that a CTA sums at a time
 CTAS_PER_SM = 4
+WAVES = 4  # of CTAs in the last kernel: where one has long sums, others take its place in the queue
 LINE = 128  # columns; one to a thread of a warpgroup
 VECTOR = 4  # columns that a thread loads at a time
 SLOTS = 2  # store buffers, beside one of zeros
@@ -33,20 +34,22 @@ def tile_lines(num_lines: int) -> int:
 def _add_run(
     total_CL: jax.Array, low: Any, high: Any, load: Callable[[list[Any]], list[jax.Array]]
 ) -> jax.Array:
-    """total + row(low) + row(low + 1) + ..., one after the other, UNROLL loads in flight."""
-    groups = lax.div(high - low, jnp.int32(UNROLL))
+    """total + row(low) + row(low + 1) + ..., one after the other, UNROLL loads in flight.
+
+    A last group of fewer rows loads its last row again instead of waiting for each in turn.
+    """
+    groups = lax.div(high - low + (UNROLL - 1), jnp.int32(UNROLL))
 
     def add_group(i: jax.Array, total_CL: jax.Array) -> jax.Array:
         first = low + UNROLL * i
-        for row_CL in load([first + u for u in range(UNROLL)]):
-            total_CL += row_CL.astype(jnp.float32)
+        rows = load([first] + [jnp.minimum(first + u, high - 1) for u in range(1, UNROLL)])
+        total_CL += rows[0].astype(jnp.float32)
+        for u in range(1, UNROLL):
+            inside = jnp.broadcast_to(first + u < high, total_CL.shape)
+            total_CL = jnp.where(inside, total_CL + rows[u].astype(jnp.float32), total_CL)
         return total_CL
 
-    def add_one(i: jax.Array, total_CL: jax.Array) -> jax.Array:
-        return total_CL + load([i])[0].astype(jnp.float32)
-
-    total_CL = lax.fori_loop(0, groups, add_group, total_CL)
-    return lax.fori_loop(low + UNROLL * groups, high, add_one, total_CL)
+    return lax.fori_loop(0, groups, add_group, total_CL)
 
 
 def _bounds(start: Any, end: Any, step: int) -> tuple[Any, Any, Any, Any]:
@@ -91,20 +94,32 @@ def _tiles(buffers: Any) -> _Tiles:
     return _Tiles(window, load, store, zeros_CL)
 
 
-def _my_items(count: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """How many of the items this CTA takes, and which is its i-th."""
-    cta, ctas = lax.axis_index("cta"), jnp.int32(_grid())
-    return lax.div(count - cta + ctas - 1, ctas), lambda i: cta + i * ctas
+def _grid(waves: int = 1) -> int:
+    return _mosaic.num_sms() * CTAS_PER_SM * waves
+
+
+def _my_items(count: int, waves: int = 1) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """How many of the items this CTA takes, and which is its i-th.
+
+    The CTAs of an SM begin at different places of their lists: frequent ids often have low numbers,
+    and while one CTA waits for many rows the others should store.
+    """
+    cta, ctas = lax.axis_index("cta"), jnp.int32(_grid(waves))
+    mine = lax.div(count - cta + ctas - 1, ctas)
+    phase = lax.rem(lax.div(cta, jnp.int32(_mosaic.num_sms())), jnp.int32(CTAS_PER_SM))
+    first = lax.div(mine * phase, jnp.int32(CTAS_PER_SM))
+
+    def item_of(i: jax.Array) -> jax.Array:
+        place = first + i
+        return cta + jnp.where(place < mine, place, place - mine) * ctas
+
+    return mine, item_of
 
 
 def _for_my_items(count: int, body: Callable[[jax.Array], None]) -> None:
     mine, item_of = _my_items(count)
     lax.fori_loop(0, mine, lambda i, _: body(item_of(i)), None)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _grid() -> int:
-    return _mosaic.num_sms() * CTAS_PER_SM
 
 
 def _blocks_kernel(
@@ -158,7 +173,7 @@ def _destinations_kernel(
     tiles, slots = _tiles(buffers), buffers.shape[0] - 1
     num_rows, num_tiles = out.shape[0], out.shape[1] // buffers.shape[1]
     num_blocks, num_fans = values.shape[0] // BLOCK, values.shape[0] // (BLOCK * FAN)
-    mine, item_of = _my_items(num_rows * num_tiles)
+    mine, item_of = _my_items(num_rows * num_tiles, WAVES)
     buffers[slots] = tiles.zeros_CL  # the last buffer: most destinations of an embedding are empty
     plgpu.commit_smem()
 
@@ -207,12 +222,12 @@ def sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Arra
     values = values_RD.reshape(num_values, num_lines, LINE)
     row_R, id_R, start_N1 = plan(ids_R, num_rows)
 
-    def call(body: Any, rows: int, *operands: jax.Array) -> jax.Array:
+    def call(body: Any, rows: int, *operands: jax.Array, waves: int = 1) -> jax.Array:
         return plgpu.kernel(
             body,
             out_type=jax.ShapeDtypeStruct((rows, num_lines, LINE), jnp.float32),
             scratch_types=(plgpu.SMEM((SLOTS + 1, tile_lines(num_lines), LINE), jnp.float32),),
-            grid=(_grid(),),
+            grid=(_grid(waves),),
             grid_names=("cta",),
         )(*operands)
 
@@ -223,6 +238,7 @@ def sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Arra
     if num_values >= BLOCK * FAN:
         body = functools.partial(_fans_kernel, num_rows=num_rows)
         fans = call(body, num_values // (BLOCK * FAN), blocks, id_R)
-    out = call(_destinations_kernel, num_rows, values, row_R, start_N1, blocks, fans)
+    operands = values, row_R, start_N1, blocks, fans
+    out = call(_destinations_kernel, num_rows, *operands, waves=WAVES)
     out = _common.vary(out, _common.varying_axes(values_RD))
     return out.reshape(num_rows, width)

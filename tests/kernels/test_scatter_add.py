@@ -72,6 +72,21 @@ def test_no_rows():
     assert not np.any(scatter_add(jnp.zeros((0, 3)), jnp.zeros(0, int), 4))
 
 
+@pytest.mark.parametrize("rows, destinations", [(300, 70), (9001, 31)])
+@pytest.mark.parametrize("counters", [0, schedule.MAX_COUNTERS], ids=["sorting", "counting"])
+def test_plan_is_the_stable_order(monkeypatch, counters, rows, destinations):
+    monkeypatch.setattr(schedule, "MAX_COUNTERS", counters)
+    ids = np.random.default_rng(6).integers(-2, destinations + 3, rows)
+    ids[::3] = 5
+    row, id_of_row, start = schedule.plan(jnp.asarray(ids), destinations)
+    ids[(ids < 0) | (ids >= destinations)] = destinations
+    order = np.argsort(ids, kind="stable")
+    kept = int((ids < destinations).sum())
+    assert np.array_equal(np.asarray(row)[:kept], order[:kept])
+    assert np.array_equal(id_of_row, ids[order])
+    assert np.array_equal(start, np.searchsorted(ids[order], np.arange(destinations + 1)))
+
+
 def test_two_runs_give_the_same_bits():
     args = operands("half on one", "float32")
     assert helpers.same_bits(sum_and_gradient(*args), sum_and_gradient(*args))
