@@ -67,7 +67,7 @@ def one_device(arrays):
 
 CASES = [
     ("allgather", DATA_2_EXPERT_4, 2),
-    ("all_to_all", FSDP_2_EXPERT_2, 2),
+    ("all_to_all", FSDP_2_EXPERT_2, 1),
     ("auto", FSDP_4, 1),
 ]
 SLOW = [
@@ -76,7 +76,7 @@ SLOW = [
     ("allgather", FSDP_2_EXPERT_2, 3),
     ("all_to_all", EXPERT_8, 1),
     ("all_to_all", EXPERT_8, 3),
-    ("all_to_all", DATA_2_EXPERT_4, 1),
+    ("all_to_all", DATA_2_EXPERT_4, 2),
     ("all_to_all", FSDP_4, 2),
 ]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
@@ -128,7 +128,11 @@ def _kept(experts, *, backend, chunks, mesh, rows, places):
 
 @pytest.mark.parametrize(
     ("backend", "chunks", "factor"),
-    [("all_to_all", 2, 0.7), ("allgather", 1, 0.5)],
+    [
+        ("all_to_all", 1, 0.7),
+        ("allgather", 2, 0.5),
+        pytest.param("all_to_all", 2, 0.6, marks=pytest.mark.slow),
+    ],
 )
 def test_what_finds_no_room_is_counted_and_left_out(arrays, backend, chunks, factor):
     tokens, weights, cotangent = arrays
