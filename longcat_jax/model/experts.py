@@ -71,9 +71,9 @@ def real_experts(
       num_rows: rows to compute at most; None: the most that can be asked for. What doesn't fit is
         left out of the sum (`permute_by_expert`).
     """
-    num_experts = gate_up_XDF.shape[0]
-    T, K = experts_TK.shape
-    num_rows = T * min(K, num_experts) if num_rows is None else num_rows
+    num_experts, (T, K) = gate_up_XDF.shape[0], experts_TK.shape
+    most = T * min(K, num_experts)
+    num_rows = most if num_rows is None else min(num_rows, most)
     order = permute_by_expert(experts_TK, num_experts, num_rows)
     rows_RD = gather_rows(x_TD, order.token_of_row_R, order.row_of_slot_TK)
     wide_RF = keep(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X))
