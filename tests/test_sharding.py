@@ -15,13 +15,16 @@ from longcat_jax.train_step import (
     abstract_boxes,
     abstract_state,
     compile_train_step,
+    evaluation_step,
     init_state,
+    router_watch,
 )
 from pallas_kernels import _common
 from tests.helpers import (
     TOKENS,
     exact,
     random_batch,
+    random_params,
     relative_error,
     tiny_config,
     token_bytes,
@@ -267,3 +270,18 @@ def test_the_same_step_twice_on_a_mesh_is_bit_equal():
         state, metrics = many.run(random_batch(tiny_config()))
     assert metrics == many.losses[0]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), many.states[0])
+
+
+@pytest.mark.slow
+def test_evaluation_and_router_watch_on_a_mesh_equal_one_device():
+    def measured(mesh):
+        config = tiny_config(mesh=dict(mesh), parallel=dict(CHUNKED))
+        arguments = random_params(config), random_batch(config)
+        with jax.set_mesh(make_mesh(config.mesh)):
+            sizes = jax.numpy.asarray(token_bytes(config))
+            sums = jax.jit(lambda p, b: evaluation_step(p, b, sizes, config=config))
+            watch = jax.jit(lambda p, b: router_watch(p, b, config=config))
+            return jax.device_get((sums(*arguments), watch(*arguments)))
+
+    with exact():
+        assert relative_error(measured(FSDP_CONTEXT_EXPERT), measured(())) <= 1e-10
