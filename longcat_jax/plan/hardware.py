@@ -39,8 +39,6 @@ class Hardware:
     """What it receives from its node (NVLink, one direction)."""
     flops: float = 989e12
     """Dense bf16."""
-    flops_float32: float = 67e12
-    """float32 without tensor cores: the router's product."""
     outside: float = 50e9
     """What it receives from other nodes (one 400 Gbit/s port)."""
     node: int = 8

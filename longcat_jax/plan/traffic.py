@@ -47,8 +47,8 @@ class Use:
     itemsize: int
     """Bytes of a value when gathered."""
     gradient_itemsize: int
-    backward: bool = True
-    """Whether the backward pass gathers it once more."""
+    backward: int = 1
+    """How often the backward pass gathers it once more."""
 
 
 def _present(mesh: MeshConfig, axes: Axes) -> Axes:
@@ -66,7 +66,7 @@ def _weights(mesh: MeshConfig, part: Part, values: int, use: Use) -> list[Flow]:
     whole, gradient = values * use.itemsize, values * use.gradient_itemsize
     wanted = [
         ("weights", "all-gather", cut, whole, False),
-        *([("weights", "all-gather", cut, whole, True)] if use.backward else []),
+        *([("weights", "all-gather", cut, whole, True)] * use.backward),
         ("gradients", "reduce-scatter", cut, gradient, True),
         ("gradients", "all-reduce", summed, gradient // ways(mesh, cut), True),
     ]
@@ -124,10 +124,13 @@ def flows(job: Job) -> list[Flow]:
     """All of a step's traffic."""
     mesh, layers, micro, size = job.mesh, job.model.num_layers, job.micro_batches, job.itemsize
     block = Use(layers * micro, BLOCK, size, size)
-    by_hand = dataclasses.replace(block, backward=job.gathers_again)
-    wide = dataclasses.replace(block, itemsize=job.wide, gradient_itemsize=job.wide)
+    by_hand = dataclasses.replace(block, backward=int(job.gathers_again))
     found = exchanges(job) + _latents(job, 2 * layers, BLOCK)
-    for name, use in (("dense", block), ("keys and values", by_hand), ("router", wide)):
+    for name, use in (
+        ("dense", block),
+        ("keys and values", by_hand),
+        ("router", _router(job, block)),
+    ):
         part = job.part(name)
         found += _weights(mesh, part, (part.values - part.small) // layers, use)
     experts = job.part("experts")
@@ -138,14 +141,26 @@ def flows(job: Job) -> list[Flow]:
         found += _latents(job, 1, NOTHING)
         mtp -= job.part("MTP layer").small
         # Its two passes follow one another: the gathered weights stay.
-        use = Use(micro, NOTHING, size, size, backward=False)
+        use = Use(micro, NOTHING, size, size, backward=0)
         found += _weights(mesh, job.part("MTP layer"), mtp, use)
     for name in ("embedding", "MTP embedding"):
         if table := job.part(name).values:
-            use = Use(micro, NOTHING, size, job.wide, backward=False)
+            use = Use(micro, NOTHING, size, job.wide, backward=0)
             found += _weights(mesh, job.part(name), table, use)
     head = Use(losses * micro, LOSS, size, job.wide)
     return found + _weights(mesh, job.part("head"), _columns(job) * job.model.hidden_size, head)
+
+
+def _router(job: Job, block: Use) -> Use:
+    """In bfloat16 its weights travel as three parts, and so does their gradient (model/router.py);
+    its logits are made again only where everything is.
+    """
+    if job.model.dtype != "bfloat16":
+        return dataclasses.replace(block, itemsize=job.wide, gradient_itemsize=job.wide)
+    times = 2 if job.config.train.remat == "full" else 1
+    return dataclasses.replace(
+        block, itemsize=3 * job.itemsize, gradient_itemsize=3 * job.wide, backward=times
+    )
 
 
 def _columns(job: Job) -> int:

@@ -122,7 +122,8 @@ def _forward(job: Job, hardware: Hardware) -> tuple[Pass, float]:
         attention=2 * tokens * weights / (flops * shares.DENSE) + core,
         ffn=6 * tokens * m.hidden_size * m.ffn_hidden_size / (flops * shares.DENSE),
         experts=tokens * m.moe_topk_real * expert / (flops * shares.GROUPED),
-        router=2 * tokens * m.hidden_size * m.num_router_outputs / hardware.flops_float32,
+        # Three products for its float32 weights (model/router.py).
+        router=6 * tokens * m.hidden_size * m.num_router_outputs / (flops * shares.DENSE),
         elementwise=moved / (hardware.memory_rate * shares.MEMORY),
     )
     return one, core
@@ -145,7 +146,7 @@ def _backward(job: Job, forward: Pass, core: float) -> Pass:
         return one
     if job.config.train.remat == "full":
         return one.plus(forward)
-    return one.plus(Pass(0.0, 0.0, forward.experts, forward.router, forward.elementwise))
+    return one.plus(Pass(0.0, 0.0, forward.experts, 0.0, forward.elementwise))
 
 
 def _loss_seconds(job: Job, hardware: Hardware) -> tuple[float, float]:

@@ -30,8 +30,7 @@ def test_without_traffic_a_step_is_its_arithmetic():
     # 191 GFLOP a token; what is slower than a dense product, and what isn't counted, cost the rest.
     assert found.mfu == pytest.approx(191.08e9 * found.tokens_per_second / 1024 / 989e12, rel=1e-4)
     assert 0.4 < found.mfu < hardware.DENSE
-    twice = dataclasses.replace(FREE, flops=2 * FREE.flops, flops_float32=2 * FREE.flops_float32)
-    twice = dataclasses.replace(twice, memory_rate=2 * FREE.memory_rate)
+    twice = dataclasses.replace(FREE, flops=2 * FREE.flops, memory_rate=2 * FREE.memory_rate)
     assert step(job, twice).seconds == pytest.approx(found.seconds / 2)
 
 
