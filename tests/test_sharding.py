@@ -1,6 +1,7 @@
 """The mesh: sharded training equals one device's, nothing large replicated, one start anywhere."""
 
 import collections
+import re
 
 import jax
 import numpy as np
@@ -161,6 +162,13 @@ def test_collectives_are_those_of_the_design():
             gathered += one.kind == "all-gather"
         assert one.kind in ("all-gather", "all-reduce", "reduce-scatter"), one
     assert gathered > 20
+
+
+def test_no_float_scatter_on_a_mesh():
+    with exact():
+        compiled = trained(mesh=FSDP_CONTEXT_EXPERT, parallel=CHUNKED).compiled
+    assert re.search(r"= s\d+\S* scatter\(", compiled), "the search finds those of integers"
+    assert not re.search(r"= (bf16|f\d+)\S* scatter\(", compiled)
 
 
 def test_one_device_sends_nothing():
