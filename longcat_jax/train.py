@@ -10,6 +10,7 @@ checkpoints (parallel/multihost.py).
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -85,11 +86,6 @@ class Trainer:
         self.state, self.step = self._start()
         self.recent = deque(_losses_so_far(directory, self.step), maxlen=LOSS_WINDOW)
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        self.evaluate_batch = compile_evaluation(config, mesh)
-        self.watch = jax.jit(
-            lambda params, batch: router_watch(params, batch, config=config),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-        )
         self.rate = schedules.learning_rate(config.optim, config.train.steps)
         self.gain = schedules.pid_gain(config.optim, config.train.steps)
         self.flops_per_token = count.training_flops_per_token(
@@ -137,7 +133,24 @@ class Trainer:
         batch = dict.fromkeys(("tokens", "segment_ids", "positions"), row)
         step = compile_train_step(self.config, self.mesh)
         compiled = step.lower(self.state, batch, self.token_bytes).compile()
+        multihost.wait_for_all()
         print(f"step compiled in {time.perf_counter() - started:.1f} s", flush=True)
+        return compiled
+
+    @functools.cached_property
+    def _evaluation(self) -> tuple[Callable, Callable]:
+        """The sums of a validation batch and the router's watch, compiled at their first use."""
+        params, batch = self.state.params, self.watched
+        watch = jax.jit(
+            lambda params, batch: router_watch(params, batch, config=self.config),
+            out_shardings=NamedSharding(self.mesh, PartitionSpec()),
+        )
+        sums = compile_evaluation(self.config, self.mesh)
+        compiled = (
+            sums.lower(params, batch, self.token_bytes).compile(),
+            watch.lower(params, batch).compile(),
+        )
+        multihost.wait_for_all()
         return compiled
 
     def loop(self, *, stop_asked: Callable[[int], bool], profile: tuple[int, int] | None) -> None:
@@ -238,13 +251,14 @@ class Trainer:
         return TrainingStopped(f"{reason}; {kept}")
 
     def _evaluate(self) -> dict[str, float]:
+        sums_of_batch, watch = self._evaluation
         results, load, histogram = evaluate(
             self.state.params,
-            self.evaluate_batch,
+            sums_of_batch,
             map(self._on_mesh, self._validation()),
             token_bytes_W=self.token_bytes,
         )
-        watched = jax.device_get(self.watch(self.state.params, self.watched))
+        watched = jax.device_get(watch(self.state.params, self.watched))
         self.writer.write(self.step, {**results, **watched})
         self.writer.write_expert_load(self.step, load_LE=load, real_experts_histogram=histogram)
         self.writer.flush()

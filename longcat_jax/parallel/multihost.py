@@ -12,6 +12,7 @@ stop at the same step, with a checkpoint.
 
 import atexit
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -56,7 +57,8 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
       ConfigError: no such port, or JAX refused. (Where not all come together in JOIN_SECONDS, the
         coordination service aborts the process, as below.)
     """
-    _filter_stderr()
+    end_stderr = _filter_stderr()
+    atexit.register(end_stderr)
     if index == 0:
         _check_port(int(coordinator.rpartition(":")[2]))
     else:
@@ -74,11 +76,14 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"process {index} of {count} at {coordinator}: {reason}") from error
-    threading.Thread(target=_end_with_others, args=(index,), daemon=True).start()
+    leave = functools.partial(_leave, index, end_stderr)
+    threading.Thread(target=_end_with_others, args=(index, leave), daemon=True).start()
     try:
         yield
     except BaseException as error:
         _end_others(index, error)
+        # JAX would wait here for processes that are ending, and then complain.
+        atexit.register(leave)
         raise
     jax.distributed.shutdown()
 
@@ -93,17 +98,25 @@ def _check_port(port: int) -> None:
         raise ConfigError(f"--coordinator: process 0 cannot listen at {port}: {error}") from error
 
 
-def _filter_stderr() -> None:
-    """Passes stderr through last_words.py, from here to the end of the process."""
-    script = Path(__file__).with_name("last_words.py")
+def _filter_stderr() -> Callable[[], None]:
+    """Passes stderr through last_words.py; returns what ends that when all has been passed."""
+    own, script = os.dup(sys.stderr.fileno()), Path(__file__).with_name("last_words.py")
     reader = subprocess.Popen(
         [sys.executable, "-S", "-E", str(script)], stdin=subprocess.PIPE, start_new_session=True
     )
     os.dup2(reader.stdin.fileno(), sys.stderr.fileno())
     reader.stdin.close()
 
+    def end() -> None:
+        sys.stderr.flush()
+        os.dup2(own, sys.stderr.fileno())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            reader.wait(FIRST_SPEAKS_SECONDS)
 
-def _end_with_others(index: int) -> None:
+    return end
+
+
+def _end_with_others(index: int, leave: Callable[[], None]) -> None:
     """Ends this process when another one tells of an error; runs in a thread."""
     try:
         failed = distributed.global_state.client.blocking_key_value_get(FAILED, DAYS_MS)
@@ -114,7 +127,7 @@ def _end_with_others(index: int) -> None:
         return
     if index == 0:
         print(f"stopped: process {who} failed ({line})", file=sys.stderr, flush=True)
-    _leave(index)
+    leave()
 
 
 def _end_others(index: int, error: BaseException) -> None:
@@ -132,15 +145,13 @@ def _end_others(index: int, error: BaseException) -> None:
         distributed.global_state.client.key_value_set(FAILED, f"{index} {line}")
     except jax.errors.JaxRuntimeError:
         os._exit(1)  # another one was first and tells
-    # JAX would wait here for processes that are ending, and then complain.
-    atexit.register(_leave, index)
 
 
-def _leave(index: int) -> None:
+def _leave(index: int, end_stderr: Callable[[], None]) -> None:
     sys.stdout.flush()
-    sys.stderr.flush()
     if index == 0:
         time.sleep(FIRST_SPEAKS_SECONDS)  # the others learn of the error from what it holds
+    end_stderr()
     os._exit(1)
 
 
@@ -159,6 +170,15 @@ def _of_first(text: str) -> str:
         client.key_value_set(key, text)
         return text
     return client.blocking_key_value_get(key, DAYS_MS)
+
+
+def wait_for_all() -> None:
+    """Returns when every process is here. Call it between compilation, which may take one process
+    longer than others, and the first run: collectives wait for half a minute only.
+    """
+    client = distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(f"longcat/wait/{next(_number)}", DAYS_MS)
 
 
 def of_first(value: int) -> int:
@@ -182,7 +202,7 @@ def first_before_others[T](work: Callable[[], T]) -> T:
 
 
 def check_same(text: str, what: str) -> None:
-    """Refuses a process whose `text` is not that of process 0.
+    """Refuses a process whose `text` is not that of process 0; no other goes on then.
 
     Raises:
       ConfigError: it isn't.
@@ -192,6 +212,7 @@ def check_same(text: str, what: str) -> None:
             f"process {jax.process_index()}: {what} differs from process 0's; give all processes "
             "the same command"
         )
+    wait_for_all()
 
 
 def check_mesh(mesh: Mesh) -> None:
