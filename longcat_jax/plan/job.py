@@ -166,10 +166,10 @@ class Job:
     def rows(self) -> int:
         """Rows of the experts' products on a device, room for them counted."""
         experts = self.model.n_routed_experts // self.mesh.expert
-        if self.dropless:
-            return self.received * min(self.model.moe_topk, experts)
+        most = self.received * min(self.model.moe_topk, experts)
         chunks = self.config.parallel.token_chunks
-        return chunks * self._capacity(self.tokens // chunks)
+        limit = chunks * self._capacity(self.tokens // chunks)
+        return most if self.dropless else min(most, limit)
 
     def _capacity(self, tokens: int) -> int:
         return capacity(tokens, self.model, self.config.parallel)

@@ -80,6 +80,7 @@ class Memory:
     batch: int
     """Tokens, their places, and the table of the tokens' bytes."""
     gradients: int
+    """With the layers in the dtype that they are computed in, which their gradients have, too."""
     kept: int
     """Activations between the forward and the backward pass."""
     block: int
@@ -115,12 +116,12 @@ def memory(job: Job) -> Memory:
         kept = values + (0 if job.gathers_again else _gathered_by_hand(job))
         again = 0
     else:
-        kept, again = job.tokens * _kept_values(job.model, config.train.remat), values
+        kept, again = _kept_values(job), values
     return Memory(
         weights=weights,
         optimizer=optimizer,
         batch=bytes_per_device(_batch(config, abstract_mesh(config.mesh))),
-        # The sum over micro-batches stands beside the gradients of one.
+        # With the layers' copy 4 bytes a value; the sum over micro-batches stands beside it.
         gradients=weights * (1 if job.micro_batches == 1 else 2),
         kept=job.model.num_layers * kept * job.itemsize,
         block=again * job.itemsize + weights_twice,
@@ -139,11 +140,14 @@ def _attention_values(model: ModelConfig) -> tuple[int, int]:
     return kept, kept + m.hidden_size + m.q_lora_rank + m.latent_dim + keys
 
 
-def _kept_values(model: ModelConfig, policy: str) -> int:
-    """Values that a token leaves between the passes in one block."""
-    if policy == "full":
-        return model.hidden_size
-    return 4 * model.hidden_size + 2 * _attention_values(model)[0] + 4 * model.ffn_hidden_size
+def _kept_values(job: Job) -> int:
+    """Values that a micro-batch leaves between the passes in one block on one device."""
+    m = job.model
+    if job.config.train.remat == "full":
+        return job.tokens * m.hidden_size
+    router = 2 * m.num_router_outputs  # float32
+    token = 4 * m.hidden_size + 2 * _attention_values(m)[0] + 4 * m.ffn_hidden_size + router
+    return job.tokens * token + job.rows * (2 * m.expert_ffn_hidden_size + m.hidden_size)
 
 
 def _mixture_values(job: Job) -> int:

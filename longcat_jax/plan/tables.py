@@ -60,7 +60,7 @@ def memory(found: Memory, hardware: Hardware) -> str:
         "master weights, float32": found.weights,
         "optimizer state": found.optimizer,
         "batch": found.batch,
-        "gradients": found.gradients,
+        "gradients, layers in the compute dtype": found.gradients,
         "activations kept for the backward pass": found.kept,
         "a block's backward pass": found.block,
         "or: a chunk of logits": found.loss,

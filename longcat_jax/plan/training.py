@@ -146,7 +146,7 @@ def _backward(job: Job, forward: Pass, core: float) -> Pass:
         return one
     if job.config.train.remat == "full":
         return one.plus(forward)
-    return one.plus(Pass(0.0, 0.0, forward.experts, 0.0, forward.elementwise))
+    return one.plus(Pass(0.0, 0.0, 0.0, 0.0, forward.elementwise))
 
 
 def _loss_seconds(job: Job, hardware: Hardware) -> tuple[float, float]:
