@@ -84,10 +84,12 @@ class Implementation(NamedTuple):
       run: the function.
       misfit: says of the operands what the function takes and what it got instead, in words that
         follow "implementation=... "; "" if they fit.
+      by_default: whether it may be chosen without being named.
     """
 
     run: Callable[..., Any]
     misfit: Callable[..., str] = lambda *operands: ""
+    by_default: bool = True
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -144,7 +146,8 @@ def choose(
     name = implementation
     if name is None:
         name = _preferred()
-        if name not in available or available[name].misfit(*operands):
+        made_for_it = available.get(name)
+        if not made_for_it or not made_for_it.by_default or made_for_it.misfit(*operands):
             name = "reference"
     require(
         name in available,

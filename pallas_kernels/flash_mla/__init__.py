@@ -5,12 +5,53 @@ B batch, T tokens (queries), S keys (S == T but for `q_offset`), H heads, Q quer
 value width, P rope width.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import _common
 from pallas_kernels.flash_mla import reference
 
-_IMPLEMENTATIONS = {"reference": _common.Implementation(reference.flash_mla)}
+_MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
+_MOSAIC_MULTIPLE = 64  # of the widths: a swizzled row of shared memory
+_MOSAIC_WIDTH, _MOSAIC_WIDTHS = 256, 384  # at most, of keys or values and of both together
+
+
+def _mosaic(*operands: jax.Array, **options: Any) -> jax.Array:
+    from pallas_kernels.flash_mla import mosaic  # Pallas is only imported where it is used
+
+    return mosaic.flash_mla(*operands, **options)
+
+
+def _misfit(
+    q_BTHQ: jax.Array, k_BSHQ: jax.Array, v_BSHV: jax.Array, rope_width: int, scale: float
+) -> str:
+    width, value_width = q_BTHQ.shape[3], v_BSHV.shape[3]
+    parts = k_BSHQ.shape[3], rope_width, value_width
+    if (
+        q_BTHQ.dtype in _MOSAIC_DTYPES
+        and all(part % _MOSAIC_MULTIPLE == 0 for part in parts)
+        and 0 < max(width, value_width) <= _MOSAIC_WIDTH
+        and width + value_width <= _MOSAIC_WIDTHS
+        and scale > 0
+        and q_BTHQ.size > 0
+    ):
+        return ""
+    return (
+        "takes bfloat16 or float16, widths of keys, rope and values that are multiples of "
+        f"{_MOSAIC_MULTIPLE}, queries and values at most {_MOSAIC_WIDTH} wide and "
+        f"{_MOSAIC_WIDTHS} together, a positive scale and at least one query, got {q_BTHQ.dtype}, "
+        f"{parts[0]}, {parts[1]} and {parts[2]}, scale {scale} and queries {q_BTHQ.shape}"
+    )
+
+
+_IMPLEMENTATIONS = {
+    "reference": _common.Implementation(reference.flash_mla),
+    # Not by default before tests/kernels/test_flash_mla_gpu.py has passed on a GPU: an earlier form
+    # of the kernels has run there, this one was only interpreted.
+    "mosaic": _common.Implementation(_mosaic, _misfit, by_default=False),
+}
 
 
 def flash_mla(
@@ -37,7 +78,9 @@ def flash_mla(
         queries.
       q_offset: place of the first query among the keys, 0 <= q_offset <= S - T, one integer for all
         rows, traced or not (not checked); queries stand at the next T places. None: T == S.
-      implementation: None for the platform's best, or "reference".
+      implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths of keys, rope and
+        values that are multiples of 64, queries and values at most 256 wide and 384 together;
+        None for "reference".
 
     Returns:
       [B, T, H, V] in the dtype of q.
@@ -74,13 +117,18 @@ def flash_mla(
             segment_ids.shape == (B, S),
             f"{name}: segment_ids is {segment_ids.shape}, expected {(B, S)}",
         )
-    run = _common.choose(name, implementation, _IMPLEMENTATIONS)
+    rope_width = 0 if k_rope is None else k_rope.shape[2]
+    run = _common.choose(
+        name, implementation, _IMPLEMENTATIONS, q_BTHQ, k_BSHQ, v_BSHV, rope_width, scale
+    )
+    present = [x for x in (q_BTHQ, k_BSHQ, v_BSHV, k_rope) if x is not None]
+    q_BTHQ, k_BSHQ, v_BSHV, *rope = _common.vary_together(*present)
     return run(
         q_BTHQ,
         k_BSHQ,
         v_BSHV,
         scale=scale,
         segment_ids=segment_ids,
-        k_rope=k_rope,
+        k_rope=rope[0] if rope else None,
         q_offset=q_offset,
     )

@@ -1,0 +1,409 @@
+"""Gradients of causal attention to keys and values for Hopper, bitwise deterministic: no CTA adds
+to memory.
+
+A CTA has 64 keys of one head and walks the chunks of queries that see them, keys along the rows of
+every tile. One warpgroup makes S and P and sums dv, another makes dP and dS and sums dk; P crosses
+once. dS, rounded as its product with the queries is, goes to memory in packed tiles: the gradient
+to the queries (mosaic_queries.py) is a product with them. So the backward has five products and not
+seven, without atomics.
+
+Both warpgroups keep their side of the first product, keys or values, in registers where they have
+room, and issue the first product of the next chunk before they finish this one's.
+
+B batch, T tokens (queries), S keys, H heads, Q query and key width, V value width, L padded T,
+N tiles of dS.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _common
+from pallas_kernels.flash_mla import mosaic_tile, schedule
+from pallas_kernels.flash_mla.mosaic_forward import LOG2_E
+from pallas_kernels.flash_mla.mosaic_tile import LOADER, MATRIX, Side, along
+from pallas_kernels.flash_mla.schedule import CHUNK, PIECE
+
+SHAPE = (CHUNK, CHUNK)
+SLOTS = 2  # buffers of P and of dS
+
+
+class Buffers(NamedTuple):
+    """Shared memory: this CTA's keys and values, queries and their like by stage, barriers."""
+
+    k: Any
+    v: Any
+    q: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    p: Any
+    ds: Any
+    k_full: Any
+    v_full: Any
+    v_done: Any
+    q_full: Any
+    dout_full: Any
+    q_free: Any
+    dout_free: Any
+    p_full: Any
+    p_free: Any
+
+
+class Place(NamedTuple):
+    """What a CTA computes: 64 keys from `row` on, of head `head`, which is `own_head` of the
+    results.
+
+    It walks `count` chunks of queries from `start` on. Counted from there, the mask cuts into those
+    before `masked` and from `whole` on. `offset` is the place of query 0 among the keys, or None.
+    """
+
+    batch: Any
+    head: Any
+    own_head: Any
+    row: Any
+    offset: Any
+    start: Any
+    masked: Any
+    whole: Any
+    count: Any
+
+
+def _buffer_types(widths: tuple[int, int], dtype: Any) -> Buffers:
+    stages, f32 = schedule.BACKWARD_STAGES, jnp.float32
+    pieces, value_pieces = (width // PIECE for width in widths)
+    return Buffers(
+        k=mosaic_tile.shared(dtype, pieces, CHUNK, PIECE),
+        v=mosaic_tile.shared(dtype, value_pieces, CHUNK, PIECE),
+        q=mosaic_tile.shared(dtype, stages, CHUNK, widths[0]),
+        dout=mosaic_tile.shared(dtype, stages, CHUNK, widths[1]),
+        lse=plgpu.SMEM((stages, CHUNK), f32),
+        delta=plgpu.SMEM((stages, CHUNK), f32),
+        # P is at most 1: in float16 it crosses with 3 bits more than in bfloat16, at the same size.
+        p=mosaic_tile.shared(jnp.float16, SLOTS, CHUNK, CHUNK),
+        ds=mosaic_tile.shared(dtype, SLOTS, CHUNK, CHUNK),
+        k_full=plgpu.Barrier(num_arrivals=pieces),
+        v_full=plgpu.Barrier(num_arrivals=value_pieces),
+        v_done=plgpu.Barrier(),
+        q_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        dout_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        q_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        dout_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        p_full=plgpu.Barrier(num_barriers=SLOTS),
+        p_free=plgpu.Barrier(num_barriers=SLOTS),
+    )
+
+
+def _load(place: Place, operands: tuple[Any, ...], smem: Buffers) -> None:
+    """The loading warpgroup: keys and values, then chunks of queries and their like."""
+    plgpu.set_max_registers(mosaic_tile.LOADER_REGISTERS, action="decrease")
+    q, keys, v, dout, lse, delta = operands
+    b, h, stages = place.batch, place.head, jnp.int32(schedule.BACKWARD_STAGES)
+    rows = pl.ds(place.row, CHUNK)
+    parts = [mosaic_tile.of_head(key, b, rows, h) for key in keys]
+    mosaic_tile.load_pieces(parts, smem.k, smem.k_full)
+    mosaic_tile.load_pieces([v.at[b, rows, h]], smem.v, smem.v_full)
+    streams = (
+        (q, lse, smem.q, smem.lse, smem.q_full, smem.q_free),
+        (dout, delta, smem.dout, smem.delta, smem.dout_full, smem.dout_free),
+    )
+
+    def load(t: jax.Array, _: None) -> None:
+        slot = lax.rem(t, stages)
+        rows = pl.ds((place.start + t) * CHUNK, CHUNK)
+        for matrix, vector, to_matrix, to_vector, full, free in streams:
+            pl.when(t >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            plgpu.copy_gmem_to_smem(matrix.at[b, rows, h], to_matrix.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(vector.at[b, h, rows], to_vector.at[slot], full.at[slot])
+
+    lax.fori_loop(0, place.count, load, None)
+
+    def take_what_is_left(t: jax.Array, _: None) -> None:
+        plgpu.barrier_wait(smem.q_free.at[lax.rem(t, stages)])
+        plgpu.barrier_wait(smem.dout_free.at[lax.rem(t, stages)])
+
+    lax.fori_loop(jnp.maximum(place.count - stages, 0), place.count, take_what_is_left, None)
+
+
+def _multiply(accumulator: Any, own: list[Any], streamed: Any, full: Any) -> None:
+    """accumulator += own @ streamed^T, piece by piece."""
+    plgpu.barrier_wait(full)
+    for i, piece in enumerate(own):
+        columns = streamed.at[:, pl.ds(i * PIECE, PIECE)]
+        plgpu.wgmma(accumulator, piece, columns.transpose((1, 0)))
+
+
+def _own(pieces: Any, *, registers: bool) -> list[Any]:
+    """Pieces of a left operand, as they are or in registers."""
+    if not registers:
+        return [pieces.at[i] for i in range(pieces.shape[0])]
+    return [plgpu.load(pieces.at[i], layout=MATRIX) for i in range(pieces.shape[0])]
+
+
+def _sum_values(
+    place: Place,
+    segments: schedule.Segments | None,
+    smem: Buffers,
+    tiling: schedule.Backward,
+    scale: float,
+) -> jax.Array:
+    """S, P and dv, which it returns."""
+    last, stages = place.count - 1, schedule.BACKWARD_STAGES
+    plgpu.barrier_wait(smem.k_full)
+    keys = _own(smem.k, registers=tiling.k_registers)
+
+    def slot_of(t: jax.Array) -> jax.Array:
+        return lax.rem(t, jnp.int32(stages))
+
+    def multiply_queries(scores_ref: Any, t: jax.Array) -> None:
+        _multiply(scores_ref, keys, smem.q.at[slot_of(t)], smem.q_full.at[slot_of(t)])
+
+    def visible(t: jax.Array) -> jax.Array:
+        row = (place.start + t) * CHUNK
+        stand = row if place.offset is None else row + place.offset
+        ids = (None, None)
+        if segments is not None:
+            theirs = segments.queries_BL.at[place.batch, pl.ds(row, CHUNK)]
+            ids = theirs, segments.keys_BL.at[place.batch, pl.ds(place.row, CHUNK)]
+        return mosaic_tile.visible(SHAPE, Side(1, stand, ids[0]), Side(0, place.row, ids[1]))
+
+    def accumulate(sums_ref: Any) -> jax.Array:
+        def step(
+            t: jax.Array, scores: jax.Array, *, masked: bool, is_last: bool = False
+        ) -> jax.Array | None:
+            slot, half = slot_of(t), lax.rem(t, jnp.int32(SLOTS))
+
+            def work(ahead_ref: Any = None) -> jax.Array | None:
+                if not (masked or is_last):
+                    multiply_queries(ahead_ref, t + 1)
+                lse = mosaic_tile.load_vector(smem.lse.at[slot], 1)
+                p = jnp.exp2(scores * (scale * LOG2_E) - along(lse, SHAPE, 1))
+                if masked:
+                    p = jnp.where(visible(t), p, 0.0)
+                taken = smem.p_free.at[half]
+                pl.when(t >= SLOTS)(lambda: plgpu.barrier_wait(taken))
+                smem.p[half] = p.astype(jnp.float16)
+                plgpu.barrier_arrive(smem.p_full.at[half])
+                plgpu.barrier_arrive(smem.q_free.at[slot])
+                if masked and not is_last:  # ids take registers: let them go first
+                    multiply_queries(ahead_ref, t + 1)
+                plgpu.barrier_wait(smem.dout_full.at[slot])
+                plgpu.wgmma(sums_ref, p.astype(smem.dout.dtype), smem.dout.at[slot])
+                # Products end in order: with this one in flight, those before are done.
+                plgpu.wgmma_wait(1)
+                before = smem.dout_free.at[slot_of(t - 1)]
+                pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
+                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref, wait_n=1)
+
+            if is_last:
+                return work()
+            return pl.run_scoped(work, plgpu.ACC(SHAPE, jnp.float32))
+
+        def begin(scores_ref: Any) -> jax.Array:
+            multiply_queries(scores_ref, jnp.int32(0))
+            return plgpu.wgmma_accumulator_load(scores_ref)
+
+        scores = pl.run_scoped(begin, plgpu.ACC(SHAPE, jnp.float32))
+        spans = [(place.masked, True), (place.whole, False)]
+        if segments is not None:
+            spans.append((last, True))
+        reached = jnp.int32(0)
+        for stop, masked in spans:
+            until = jnp.clip(stop, reached, last)
+            scores = lax.fori_loop(reached, until, functools.partial(step, masked=masked), scores)
+            reached = until
+        step(last, scores, masked=True, is_last=True)
+        sums = plgpu.wgmma_accumulator_load(sums_ref)
+        plgpu.barrier_arrive(smem.dout_free.at[slot_of(last)])
+        return sums
+
+    sums = pl.run_scoped(accumulate, plgpu.ACC((CHUNK, smem.dout.shape[2]), jnp.float32))
+
+    def take_what_is_left(t: jax.Array, _: None) -> None:
+        plgpu.barrier_wait(smem.p_free.at[lax.rem(t, jnp.int32(SLOTS))])
+
+    lax.fori_loop(jnp.maximum(place.count - SLOTS, 0), place.count, take_what_is_left, None)
+    return sums
+
+
+def _sum_keys(
+    place: Place, ds_out: Any, smem: Buffers, tiling: schedule.Backward, scale: float
+) -> jax.Array:
+    """dP, dS, which it stores, and dk, which it returns."""
+    last, stages = place.count - 1, schedule.BACKWARD_STAGES
+    block = lax.div(place.row, jnp.int32(CHUNK))
+    ahead = schedule.chunks_ahead(place.offset)
+    plgpu.barrier_wait(smem.v_full)
+    values = _own(smem.v, registers=tiling.v_registers)
+
+    def slot_of(t: jax.Array) -> jax.Array:
+        return lax.rem(t, jnp.int32(stages))
+
+    def multiply_dout(ref: Any, t: jax.Array) -> None:
+        _multiply(ref, values, smem.dout.at[slot_of(t)], smem.dout_full.at[slot_of(t)])
+
+    def store(ds: jax.Array, t: jax.Array, half: jax.Array) -> None:
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        smem.ds[half] = ds
+        plgpu.commit_smem()
+        i = place.start + t
+        target = ds_out.at[place.batch, place.own_head, schedule.tile_index(i, block, ahead)]
+
+        def copy() -> None:
+            plgpu.copy_smem_to_gmem(smem.ds.at[half], target)
+
+        # With an offset a CTA may have none but a chunk that sees no key of its own.
+        copy() if place.offset is None else pl.when(block <= i + ahead)(copy)
+
+    def accumulate(sums_ref: Any) -> jax.Array:
+        def step(t: jax.Array, dp: jax.Array, *, is_last: bool = False) -> jax.Array | None:
+            slot, half = slot_of(t), lax.rem(t, jnp.int32(SLOTS))
+
+            def work(ahead_ref: Any = None) -> jax.Array | None:
+                if not is_last:
+                    multiply_dout(ahead_ref, t + 1)
+                delta = mosaic_tile.load_vector(smem.delta.at[slot], 1)
+                centered = dp - along(delta, SHAPE, 1)
+                plgpu.barrier_arrive(smem.dout_free.at[slot])
+                plgpu.barrier_wait(smem.p_full.at[half])
+                p = plgpu.load(smem.p.at[half], layout=MATRIX).astype(jnp.float32)
+                plgpu.barrier_arrive(smem.p_free.at[half])
+                ds = (p * centered).astype(smem.ds.dtype)
+                plgpu.barrier_wait(smem.q_full.at[slot])
+                plgpu.wgmma(sums_ref, ds, smem.q.at[slot])
+                store(ds, t, half)  # while the tensor cores work
+                plgpu.wgmma_wait(1)
+                before = smem.q_free.at[slot_of(t - 1)]
+                pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
+                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref, wait_n=1)
+
+            if is_last:
+                return work()
+            return pl.run_scoped(work, plgpu.ACC(SHAPE, jnp.float32))
+
+        def begin(dp_ref: Any) -> jax.Array:
+            multiply_dout(dp_ref, jnp.int32(0))
+            return plgpu.wgmma_accumulator_load(dp_ref)
+
+        dp = pl.run_scoped(begin, plgpu.ACC(SHAPE, jnp.float32))
+        dp = lax.fori_loop(0, last, step, dp)
+        step(last, dp, is_last=True)
+        sums = plgpu.wgmma_accumulator_load(sums_ref)
+        plgpu.barrier_arrive(smem.q_free.at[slot_of(last)])
+        return sums * scale
+
+    return pl.run_scoped(accumulate, plgpu.ACC((CHUNK, smem.q.shape[2]), jnp.float32))
+
+
+def _store_keys(dk: jax.Array, place: Place, targets: tuple[Any, ...], pieces: Any) -> None:
+    """Parts of dk: those of a head rounded, by way of shared memory; that of all heads as it is."""
+    column = 0
+    for target in targets:
+        part = dk[:, column : column + target.shape[3]]
+        rows = target.at[place.batch, pl.ds(place.row, CHUNK), place.own_head]
+        if target.dtype == jnp.float32:
+            rows[...] = part
+        else:
+            mosaic_tile.store_pieces(part.astype(target.dtype), pieces, rows)
+        column += target.shape[3]
+
+
+def key_gradients(
+    operands: tuple[Any, ...],
+    segment_ids: jax.Array | None,
+    offset: jax.Array | None,
+    *,
+    scale: float,
+    heads: schedule.Heads,
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """Gradients of some heads to keys and values, and their dS.
+
+    Args:
+      operands: q [B, T, H, Q]; parts of the keys, [B, S, H, width] or [B, S, width] for all heads;
+        v [B, S, H, V]; dout [B, T, H, V]; log-sum-exp to base 2 and sum(out * dout) [B, H, L].
+      segment_ids: [B, S], None for one segment.
+      offset: [1] int32, place of the first query; None: T == S.
+      scale: factor of the scores.
+      heads: those of the results.
+
+    Returns:
+      The parts' gradients [B, S, heads, width]; of the one for all heads every head's in float32,
+      its rows padded. dv. Tiles of dS^T [B, heads, N, 64, 64].
+    """
+    q_BTHQ, keys, v_BSHV = operands[:3]
+    (batch, tokens, _, width), (_, num_keys, _, value_width) = q_BTHQ.shape, v_BSHV.shape
+    tiling = schedule.backward(width, value_width, segments=segment_ids is not None)
+    dtype, num_heads = q_BTHQ.dtype, heads.count
+    chunks, key_chunks = schedule.chunks(tokens), schedule.chunks(num_keys)
+
+    def locate(first_head: Any, segments: Any, offset: Any) -> Place:
+        tile, b, own = (lax.axis_index(name) for name in ("tile", "batch", "head"))
+        row, start, masked, stand = tile * CHUNK, tile, tile + 1, None
+        if offset is not None:
+            stand = offset[0]
+            past = jnp.maximum(row - stand, 0)
+            start = jnp.minimum(lax.div(past, jnp.int32(CHUNK)), chunks - 1)
+            past_all = jnp.maximum(row - stand + 2 * CHUNK - 2, 0)
+            masked = lax.div(past_all, jnp.int32(CHUNK))
+        end = whole = tile * 0 + chunks
+        if segments is not None:
+            end = jnp.clip(segments.end_BN[b, tile], start + 1, chunks)
+            whole = segments.whole_BN[b, tile]
+        head = own if first_head is None else first_head[0] + own
+        return Place(b, head, own, row, stand, start, masked - start, whole - start, end - start)
+
+    def kernel(operands: Any, tables: Any, dkeys: Any, dv: Any, ds: Any, smem: Buffers) -> None:
+        place, warpgroup, segments = locate(*tables), lax.axis_index("warpgroup"), tables[1]
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            plgpu.set_max_registers(mosaic_tile.COMPUTE_REGISTERS, action="increase")
+            sums = _sum_values(place, segments, smem, tiling, scale)
+            plgpu.barrier_wait(smem.v_done)
+            target = dv.at[place.batch, pl.ds(place.row, CHUNK), place.own_head]
+            mosaic_tile.store_pieces(sums.astype(dtype), smem.v, target)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == 1)
+        def _() -> None:
+            plgpu.set_max_registers(mosaic_tile.COMPUTE_REGISTERS, action="increase")
+            sums = _sum_keys(place, ds, smem, tiling, scale)
+            # The other warpgroup has read the keys before it gave away P.
+            plgpu.barrier_arrive(smem.v_done)
+            _store_keys(sums, place, dkeys, smem.k)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == LOADER)
+        def _() -> None:
+            _load(place, operands, smem)
+
+    def gradient(part: jax.Array) -> jax.ShapeDtypeStruct:
+        if part.ndim == 4:
+            shape = (batch, num_keys, num_heads, part.shape[3])
+            return jax.ShapeDtypeStruct(shape, dtype)
+        shape = (batch, key_chunks * CHUNK, num_heads, part.shape[2])
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    tiles = (batch, num_heads, schedule.num_tiles(tokens, num_keys, offset), *SHAPE)
+    segments = schedule.of_keys(segment_ids, offset, tokens)
+    results = plgpu.kernel(
+        kernel,
+        out_type=(
+            tuple(gradient(part) for part in keys),
+            jax.ShapeDtypeStruct((batch, num_keys, num_heads, value_width), dtype),
+            jax.ShapeDtypeStruct(tiles, dtype),
+        ),
+        scratch_types=(_buffer_types((width, value_width), dtype),),
+        grid=(batch, num_heads, key_chunks),
+        grid_names=("batch", "head", "tile"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(operands, (heads.first, segments, offset))
+    axes = _common.varying_axes(*jax.tree.leaves(operands))
+    return jax.tree.map(lambda x: _common.vary(x, axes), results)

@@ -1,0 +1,102 @@
+"""flash_mla's kernels on a Hopper GPU: pytest -m gpu tests/kernels/test_flash_mla_gpu.py"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _common, flash_mla
+from tests.kernels import helpers
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+NAMES = ("out", "dq", "dk", "dv", "drope")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hopper():
+    if _common.compute_capability() != _common.HOPPER:
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def draw(tokens, keys, heads):
+    """Operands and the gradient of the output."""
+    rng = np.random.default_rng(tokens)
+    shapes = (tokens, heads, 192), (keys, heads, 128), (keys, heads, 128), (keys, 64)
+    *operands, dout = (
+        jnp.asarray(rng.standard_normal((1, *shape)), jnp.bfloat16)
+        for shape in (*shapes, (tokens, heads, 128))
+    )
+    return tuple(operands), dout
+
+
+def segment_ids(kind, keys):
+    """Documents of several lengths, one token among them; or ids in no order."""
+    rng = np.random.default_rng(7)
+    if kind == "packed":
+        starts = np.sort(np.append(rng.choice(keys, 5, replace=False), [0, 5, 6, keys - 1]))
+        ids = np.searchsorted(starts, np.arange(keys), side="right")
+    else:
+        ids = rng.integers(0, 3, keys)
+    return jnp.asarray(ids, jnp.int32)[None]
+
+
+def run(implementation, operands, dout, ids=None, offset=None):
+    """Value and gradients in the dtype of the operands."""
+
+    @jax.jit
+    def gradients(operands, dout, ids, offset):
+        def attend(q, k, v, rope):
+            return flash_mla(
+                q,
+                k,
+                v,
+                scale=192**-0.5,
+                segment_ids=ids,
+                k_rope=rope,
+                q_offset=offset,
+                implementation=implementation,
+            )
+
+        out, vjp = jax.vjp(attend, *operands)
+        return out, *vjp(dout)
+
+    return gradients(operands, dout, ids, offset)
+
+
+@pytest.mark.parametrize(
+    "tokens, keys, kind, offset",
+    [
+        (1024, 1024, "", None),
+        (777, 777, "packed", None),
+        (300, 1111, "packed", 517),
+        (640, 640, "any", None),
+        (17, 17, "", None),
+        (4096, 4096, "packed", None),
+    ],
+)
+def test_is_as_good_as_the_reference(tokens, keys, kind, offset):
+    operands, dout = draw(tokens, keys, 2)
+    ids = segment_ids(kind, keys) if kind else None
+    got = run("mosaic", operands, dout, ids, offset)
+    reference = run("reference", operands, dout, ids, offset)
+    with jax.default_matmul_precision("highest"):
+        wide = tuple(x.astype(jnp.float32) for x in operands)
+        exact = run("reference", wide, dout.astype(jnp.float32), ids, offset)
+    for name, a, b, c in zip(NAMES, got, reference, exact, strict=True):
+        error, allowed = helpers.relative_error(a, c), helpers.relative_error(b, c)
+        assert error <= max(1.3 * allowed, 3.2e-3), name
+
+
+@pytest.mark.parametrize("kind", ["", "packed"])
+def test_hundred_runs_give_the_same_bits(kind):
+    operands, dout = draw(8192, 8192, 16)
+    ids = segment_ids(kind, 8192) if kind else None
+    first = run("mosaic", operands, dout, ids)
+    noise = jnp.ones((4096, 4096), jnp.bfloat16)
+    other = jax.jit(lambda x: x @ x.T)
+    for i in range(100):
+        if i % 3 == 0:
+            other(noise)
+        again = run("mosaic", operands, dout, ids)
+        same = (jnp.array_equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(map(bool, same))
