@@ -99,21 +99,9 @@ def _grid(waves: int = 1) -> int:
 
 
 def _my_items(count: int, waves: int = 1) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """How many of the items this CTA takes, and which is its i-th.
-
-    The CTAs of an SM begin at different places of their lists: frequent ids often have low numbers,
-    and while one CTA waits for many rows the others should store.
-    """
+    """How many of the items this CTA takes, and which is its i-th."""
     cta, ctas = lax.axis_index("cta"), jnp.int32(_grid(waves))
-    mine = lax.div(count - cta + ctas - 1, ctas)
-    phase = lax.rem(lax.div(cta, jnp.int32(_mosaic.num_sms())), jnp.int32(CTAS_PER_SM))
-    first = lax.div(mine * phase, jnp.int32(CTAS_PER_SM))
-
-    def item_of(i: jax.Array) -> jax.Array:
-        place = first + i
-        return cta + jnp.where(place < mine, place, place - mine) * ctas
-
-    return mine, item_of
+    return lax.div(count - cta + ctas - 1, ctas), lambda i: cta + i * ctas
 
 
 def _for_my_items(count: int, body: Callable[[jax.Array], None]) -> None:

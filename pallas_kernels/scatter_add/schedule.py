@@ -23,7 +23,6 @@ from pallas_kernels import _common
 BLOCK = 64  # rows of a block
 FAN = 32  # blocks of a block of blocks
 CHUNK = 512  # rows that are compared with each other
-GROUP = 16  # chunks of a group
 MAX_COUNTERS = 2**23  # every id has one in every chunk; 32 MiB
 
 
@@ -40,51 +39,38 @@ def plan(ids_R: jax.Array, num_rows: int) -> Plan:
     ids_R = ids_R.astype(jnp.int32)
     ids_R = jnp.where((ids_R >= 0) & (ids_R < num_rows), ids_R, num_rows)
     chunks = -(-ids_R.shape[0] // CHUNK)
-    few = 0 < chunks <= GROUP**2 and chunks * num_rows <= MAX_COUNTERS
+    few = 0 < chunks * num_rows <= MAX_COUNTERS
     return _plan_by_counting(ids_R, num_rows) if few else _plan_by_sorting(ids_R, num_rows)
 
 
 def _plan_by_counting(ids_R: jax.Array, num_rows: int) -> Plan:
-    """A row stands where its id begins, behind the rows of its id in earlier groups of chunks, in
-    earlier chunks of its group, and in its own chunk.
+    """A row stands where its id begins, behind the rows of its id in earlier chunks and in its own.
 
     A radix sort computes as long, but XLA launches it in many parts, outside of a CUDA graph.
+    C chunks, B rows of a chunk.
     """
     num_values = ids_R.shape[0]
-    group = min(GROUP, -(-num_values // CHUNK))
-    groups = -(-num_values // (CHUNK * group))
-    ids = jnp.pad(ids_R, (0, groups * group * CHUNK - num_values), constant_values=num_rows)
-    chunk = jnp.arange(ids.shape[0], dtype=jnp.int32) // CHUNK
-    counter = jnp.where(ids < num_rows, chunk * num_rows + ids, groups * group * num_rows)
+    missing = -num_values % CHUNK
+    ids_CB = jnp.pad(ids_R, (0, missing), constant_values=num_rows).reshape(-1, CHUNK)
+    chunks = ids_CB.shape[0]
+    chunk_C1 = jnp.arange(chunks, dtype=jnp.int32)[:, None]
+    counter_CB = jnp.where(ids_CB < num_rows, chunk_C1 * num_rows + ids_CB, chunks * num_rows)
     # Integers sum to the same in any order.
-    counts = jnp.zeros(groups * group * num_rows, jnp.int32).at[counter].add(1, mode="drop")
-    of_group = counts.reshape(groups, group, num_rows).sum(1, dtype=jnp.int32)
-    of_group = lax.optimization_barrier(of_group)  # else made anew for each use
-    start_N1 = jnp.pad(jnp.cumsum(of_group.sum(0, dtype=jnp.int32), dtype=jnp.int32), (1, 0))
+    counts_CN = jnp.zeros(chunks * num_rows, jnp.int32).at[counter_CB].add(1, mode="drop")
+    counts_CN = counts_CN.reshape(chunks, num_rows)
+    upto_CN = jnp.cumsum(counts_CN, axis=0, dtype=jnp.int32)
+    start_N1 = jnp.pad(jnp.cumsum(upto_CN[-1], dtype=jnp.int32), (1, 0))
+    first_CN = upto_CN - counts_CN + start_N1[None, :-1]
 
-    id_or_any = jnp.minimum(ids, num_rows - 1)
-    place = _rank_in_chunk(ids) + _take(start_N1, id_or_any)
-    for g in range(groups - 1):
-        earlier = _take(of_group[g], id_or_any)
-        place += jnp.where(g < chunk // group, earlier, 0)
-    for c in range(group - 1):
-        first = chunk - chunk % group
-        earlier = _take(counts, (first + c) * num_rows + id_or_any)
-        place += jnp.where(c < chunk % group, earlier, 0)
-    place = jnp.where(ids < num_rows, place, num_values)[:num_values]
+    same_CBB = (ids_CB[:, :, None] == ids_CB[:, None, :]) & np.tri(CHUNK, k=-1, dtype=bool)[None]
+    inside_CB = jnp.minimum(counter_CB, chunks * num_rows - 1)
+    place_CB = _take(first_CN.reshape(-1), inside_CB) + same_CBB.sum(-1, dtype=jnp.int32)
+    place_R = jnp.where(ids_CB < num_rows, place_CB, num_values).reshape(-1)[:num_values]
     position_R = jnp.arange(num_values, dtype=jnp.int32)
     row_R = jnp.zeros(num_values, jnp.int32)
-    row_R = row_R.at[place].set(position_R, mode="drop", unique_indices=True)
+    row_R = row_R.at[place_R].set(position_R, mode="drop", unique_indices=True)
     id_R = jnp.where(position_R < start_N1[-1], _take(ids_R, row_R), num_rows)
     return Plan(row_R, id_R, start_N1)
-
-
-def _rank_in_chunk(ids: jax.Array) -> jax.Array:
-    """How many rows with the same id stand before each row in its chunk."""
-    chunks = ids.reshape(-1, CHUNK)
-    before = np.tri(CHUNK, k=-1, dtype=bool)
-    same = (chunks[:, :, None] == chunks[:, None, :]) & before[None]
-    return same.sum(-1, dtype=jnp.int32).reshape(-1)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
