@@ -11,7 +11,7 @@ from longcat_jax.sharding import make_mesh
 from longcat_jax.train_step import compile_train_step
 from tests.helpers import exact, tiny_config
 
-# The program that tests/test_sharding.py trains: it is compiled once for both.
+# The program that tests/test_sharding.py trains, too.
 GATHERED = (("fsdp", 2), ("context", 2), ("expert", 2)), (("token_chunks", 2),)
 EXCHANGED = (("data", 2), ("fsdp", 2), ("expert", 2)), (("expert_backend", "all_to_all"),)
 

@@ -19,6 +19,7 @@ def released(*overrides: str) -> Job:
     return Job(override(load_config("configs/flash_560b.py"), [*RELEASED, *overrides]))
 
 
+@pytest.mark.slow
 def test_arguments_of_the_compiled_step_are_exactly_those_planned():
     config, step = compiled(*GATHERED)
     with exact():

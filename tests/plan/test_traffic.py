@@ -77,12 +77,13 @@ def test_keys_travel_as_latents_over_the_context_axis():
     assert summed == {("context",)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(GATHERED, id="gathered"),
-        pytest.param((*EXCHANGED, "full"), id="exchanged", marks=pytest.mark.slow),
-        pytest.param((*GATHERED, "full"), id="made again", marks=pytest.mark.slow),
+        pytest.param((*EXCHANGED, "full"), id="exchanged"),
+        pytest.param((*GATHERED, "full"), id="made again"),
     ],
 )
 def test_bytes_of_a_compiled_step_are_those_planned(case):
