@@ -48,8 +48,8 @@ def _misfit(
 
 _IMPLEMENTATIONS = {
     "reference": _common.Implementation(reference.flash_mla),
-    # Not by default before tests/kernels/test_flash_mla_gpu.py has passed on a GPU: an earlier form
-    # of the kernels has run there, this one was only interpreted.
+    # Not by default until tests/kernels/test_flash_mla_gpu.py has passed on a GPU. The form that
+    # ran there last gave NaN; the cause was found in its machine code and mended, but not run again.
     "mosaic": _common.Implementation(_mosaic, _misfit, by_default=False),
 }
 
@@ -80,7 +80,7 @@ def flash_mla(
         rows, traced or not (not checked); queries stand at the next T places. None: T == S.
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths of keys, rope and
         values that are multiples of 64, queries and values at most 256 wide and 384 together;
-        None for "reference".
+        None for "reference", also on Hopper, until the other's gradient was seen right on a GPU.
 
     Returns:
       [B, T, H, V] in the dtype of q.

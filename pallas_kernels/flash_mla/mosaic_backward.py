@@ -194,11 +194,11 @@ def _sum_values(
                     multiply_queries(ahead_ref, t + 1)
                 plgpu.barrier_wait(smem.dout_full.at[slot])
                 plgpu.wgmma(sums_ref, p.astype(smem.dout.dtype), smem.dout.at[slot])
-                # Products end in order: with this one in flight, those before are done.
-                plgpu.wgmma_wait(1)
-                before = smem.dout_free.at[slot_of(t - 1)]
-                pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
-                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref, wait_n=1)
+                # All, before the registers of P serve again: ptxas does not keep the left operand
+                # of a product in flight past the end of a loop's body (seen in SASS, and as NaN).
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(smem.dout_free.at[slot])
+                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref)
 
             if is_last:
                 return work()
@@ -218,9 +218,7 @@ def _sum_values(
             scores = lax.fori_loop(reached, until, functools.partial(step, masked=masked), scores)
             reached = until
         step(last, scores, masked=True, is_last=True)
-        sums = plgpu.wgmma_accumulator_load(sums_ref)
-        plgpu.barrier_arrive(smem.dout_free.at[slot_of(last)])
-        return sums
+        return plgpu.wgmma_accumulator_load(sums_ref)
 
     sums = pl.run_scoped(accumulate, plgpu.ACC((CHUNK, smem.dout.shape[2]), jnp.float32))
 
@@ -277,10 +275,9 @@ def _sum_keys(
                 plgpu.barrier_wait(smem.q_full.at[slot])
                 plgpu.wgmma(sums_ref, ds, smem.q.at[slot])
                 store(ds, t, half)  # while the tensor cores work
-                plgpu.wgmma_wait(1)
-                before = smem.q_free.at[slot_of(t - 1)]
-                pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
-                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref, wait_n=1)
+                plgpu.wgmma_wait(0)  # all, for the same reason
+                plgpu.barrier_arrive(smem.q_free.at[slot])
+                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref)
 
             if is_last:
                 return work()
@@ -293,9 +290,7 @@ def _sum_keys(
         dp = pl.run_scoped(begin, plgpu.ACC(SHAPE, jnp.float32))
         dp = lax.fori_loop(0, last, step, dp)
         step(last, dp, is_last=True)
-        sums = plgpu.wgmma_accumulator_load(sums_ref)
-        plgpu.barrier_arrive(smem.q_free.at[slot_of(last)])
-        return sums * scale
+        return plgpu.wgmma_accumulator_load(sums_ref) * scale
 
     return pl.run_scoped(accumulate, plgpu.ACC((CHUNK, smem.q.shape[2]), jnp.float32))
 

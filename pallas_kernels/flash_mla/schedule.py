@@ -17,9 +17,7 @@ TILE_BYTES = CHUNK * CHUNK * 2
 PIECE = 64  # columns of a swizzled row of shared memory, 16 bits each
 QUERY_ROWS = 2 * CHUNK  # queries of a CTA, in the forward and in their gradient
 PADDING = QUERY_ROWS  # log-sum-exp and the like are kept for whole tiles of so many queries
-# Chunks of queries in shared memory in the gradient to the keys. The computing warpgroups wait for
-# each other's releases of a chunk one step ahead: with two they would wait forever.
-BACKWARD_STAGES = 3
+BACKWARD_STAGES = 3  # chunks of queries in shared memory in the gradient to the keys
 SHARED_MEMORY = 226 << 10  # bytes of a CTA, less what barriers and vectors take
 
 
