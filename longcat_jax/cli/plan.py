@@ -118,4 +118,5 @@ def run(args: argparse.Namespace) -> None:
         tables.time(step, machine),
         tables.decoding(job, serving, machine),
     ]
-    print("", *sections, sep="\n\n")
+    print()
+    print("\n\n".join(sections))

@@ -16,9 +16,11 @@ Row = Sequence[str]
 
 
 def table(title: str, header: Row, rows: Iterable[Row]) -> str:
-    """Columns under a title, the first to the left and the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    """Columns under a title, the first to the left and the others to the right; a header of empty
+    cells is left out.
+    """
+    lines = [header, *rows] if any(header) else list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def text(line: Row) -> str:
         first, *rest = (
