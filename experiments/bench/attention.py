@@ -210,7 +210,7 @@ def bench_whole(rounds: int) -> None:
             for step, (compiled, operands) in passes.items():
                 contenders[name, step] = timing.jax_contender(compiled, operands, 1)
             results[name] = contenders[name, "both"].run
-        except (ImportError, NotImplementedError, ValueError) as error:
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
             print(f"{name}: left out, {type(error).__name__}: {str(error)[:200]}", flush=True)
     try:
         import torch
