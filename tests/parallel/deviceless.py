@@ -126,6 +126,7 @@ def main(overrides: list[str]) -> None:
                 "received": one.received,
                 "products": one.products,
                 "asynchronous": one.asynchronous,
+                "backward": "transpose(" in one.op_name,
             }
             for one in exchanges
         ],
