@@ -32,6 +32,7 @@ def _launch(body: Any, out_type: Any, scratch: pipeline.Buffers, *operands: Any)
         cluster_names=("pair",),
         num_threads=pipeline.COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
+        kernel_name="grouped_gemm",
     )(*operands)
 
 

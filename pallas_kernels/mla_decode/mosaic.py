@@ -343,6 +343,7 @@ def attend(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
+        kernel_name="mla_decode",
     )(cache, q_BRU)
     axes = _common.varying_axes(q_BTHU, *jax.tree.leaves(cache))
     return tuple(_common.vary(part, axes) for part in parts)

@@ -217,6 +217,7 @@ def sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Arra
             scratch_types=(plgpu.SMEM((SLOTS + 1, tile_lines(num_lines), LINE), jnp.float32),),
             grid=(_grid(waves),),
             grid_names=("cta",),
+            kernel_name="scatter_add",
         )(*operands)
 
     blocks = fans = jnp.zeros((1, num_lines, LINE), jnp.float32)
