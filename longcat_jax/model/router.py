@@ -101,10 +101,12 @@ def _product(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
 def largest_one_by_one(x_BTE: jax.Array, count: int) -> jax.Array:
     """What `jax.lax.top_k` returns as indices: descending, the lowest of equal ones first.
 
-    A maximum at a time; XLA sorts whole rows on a GPU, which takes more than twice as long for 12
-    of 768.
+    But for NaN, and for 0 and -0, which count as equal here, as do -inf and the lowest finite
+    number. A maximum at a time; XLA sorts whole rows on a GPU, which takes more than twice as long
+    for 12 of 768.
     """
     ids_E, chosen = jnp.arange(x_BTE.shape[-1])[None, None], []
+    x_BTE = jnp.maximum(x_BTE, jnp.finfo(x_BTE.dtype).min)  # -inf marks what is taken, no other
     for _ in range(count):
         index_BT = jnp.argmax(x_BTE, axis=-1)
         chosen.append(index_BT.astype(jnp.int32))
