@@ -52,6 +52,14 @@ def test_what_is_written_is_the_table(tmp_path):
     assert runpy.run_path(str(tmp_path / "tilings.py"))["TILINGS"] == table
 
 
+def test_times_of_some_shapes_replace_no_table(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "--shapes", "1", "--write"])
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "--write replaces the table of all shapes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", tune.CANDIDATES)
 def test_checked_in_table_has_every_pass(name):
     assert TILINGS[name, None] in tune.CANDIDATES[name]

@@ -5,7 +5,7 @@
 Times every pass of the production shapes in pallas_kernels/grouped_gemm/shapes.py, or of those
 with the given numbers, with every tiling, and the first tiling twice: what differs between these
 two is noise, and another tiling must beat both by more. Prints the times; --write replaces
-pallas_kernels/grouped_gemm/tilings.py.
+pallas_kernels/grouped_gemm/tilings.py, and only times of all shapes may.
 """
 
 import argparse
@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(PRODUCTION)))
     parser.add_argument("--write", action="store_true", help="replace the checked-in table")
     args = parser.parse_args()
+    if args.write and set(args.shapes) != set(range(len(PRODUCTION))):
+        parser.error("--write replaces the table of all shapes: leave out --shapes")
     measured = {}
     for shape in (PRODUCTION[i] for i in args.shapes):
         measured[shape] = measure(shape, args.rounds)
