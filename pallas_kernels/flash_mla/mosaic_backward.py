@@ -398,6 +398,7 @@ def key_gradients(
         grid_names=("batch", "head", "tile"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="flash_mla_keys",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(operands, (heads.first, segments, offset))
     axes = _common.varying_axes(*jax.tree.leaves(operands))

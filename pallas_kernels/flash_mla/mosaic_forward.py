@@ -301,6 +301,7 @@ def attend(
         grid_names=("batch", "head", "tile"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="flash_mla_forward",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,

@@ -167,5 +167,6 @@ def query_gradient(
         grid_names=("batch", "head", "tile"),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="flash_mla_queries",
     )(keys, ds, (heads.first, segments, offset))
     return _common.vary(dq, _common.varying_axes(*keys, ds))
