@@ -212,7 +212,8 @@ def _masked_nats(
     def on_device(hidden_BTD: jax.Array, head_DW: jax.Array, targets_BT: jax.Array) -> jax.Array:
         rows_RD, chunk = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), config.train.vocab_chunk
         head_DW = vary_with_tokens(head_DW)
-        nats_R = cross_entropy(rows_RD, head_DW, targets_BT.reshape(-1), chunk)
+        with jax.named_scope("cross_entropy"):
+            nats_R = cross_entropy(rows_RD, head_DW, targets_BT.reshape(-1), chunk)
         return nats_R.reshape(targets_BT.shape)
 
     nats_of = on_shards(on_device, (TOKENS, P(DENSE), TOKENS), TOKENS)

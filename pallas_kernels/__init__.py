@@ -6,6 +6,7 @@ no floating-point scatter appears in its value or its gradients. `implementation
 best one for the platform; a named one is used or refused with a ValueError, never replaced.
 """
 
+from pallas_kernels._common import RESULT
 from pallas_kernels.flash_mla import flash_mla
 from pallas_kernels.gather_combine import gather_combine, gather_rows
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
@@ -13,6 +14,7 @@ from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.scatter_add import scatter_add
 
 __all__ = [
+    "RESULT",
     "flash_mla",
     "gather_combine",
     "gather_rows",

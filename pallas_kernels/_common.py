@@ -7,9 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 HOPPER = (9, 0)  # compute capabilities
 AMPERE = (8, 0)
+
+
+RESULT = "kernel_result"
+"""Name of what a kernel made and its gradient reads, for `jax.checkpoint_policies`."""
+
+
+def named_result(x: jax.Array) -> jax.Array:
+    """x, under the name that a policy keeps it by instead of running the kernel again."""
+    return checkpoint_name(x, RESULT)
 
 
 def accumulation_dtype(dtype: Any) -> jnp.dtype:

@@ -130,7 +130,7 @@ def bench(shape: shapes.Shape, compiled: Mapping[str, Any], rounds: int) -> None
 
 
 def _repeatable(compiled: Any, args: tuple[Any, ...]) -> bool:
-    """Whether REPEATS runs give the same bits, some of them beside another kernel's load."""
+    """Whether REPEATS runs give the same bits, before some of them another program ran."""
     other = jax.jit(lambda x: x @ x.T)
     noise = jnp.ones((4096, 4096), jnp.bfloat16)
     same = jax.jit(lambda first, second: jnp.array_equal(first, second))

@@ -28,13 +28,13 @@ class Kernel(NamedTuple):
 RULES = (
     ("copies and memsets", r"^(MemcpyD2D|Memset|MemcpyH2D|MemcpyD2H)"),
     ("optimizer", r"/optimizer/"),
-    ("attention", r"flash_mla|mla_decode"),
-    ("dispatch and combine", r"/(dispatch|combine)/|gather_rows|gather_combine"),
-    ("expert GEMM", r"grouped_gemm|grouped_swiglu|/expert_gemm/"),
-    ("router", r"/router/|permute"),
-    ("head and loss", r"/cross_entropy|/loss/|/unembed"),
-    ("dense GEMM", r"gemm|cublas|cutlass|nvjet|wgmma|dot_general"),
-    ("embedding", r"/embed|scatter_add"),
+    ("attention", r"^(flash_mla|mla_decode)"),
+    ("expert GEMM", r"^grouped_gemm"),
+    ("router", r"/router/"),
+    ("dispatch, SwiGLU, combine", r"^gather_rows|/experts/"),
+    ("head and loss", r"cross_entropy"),
+    ("dense GEMM", r"gemm|cublas|cutlass|nvjet|dot_general"),
+    ("embedding", r"^scatter_add|/embed"),
     ("norms and elementwise", r""),
 )
 """(part, pattern over "kernel name | HLO operation | scope"); the first match counts."""

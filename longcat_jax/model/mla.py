@@ -138,7 +138,7 @@ def expanded(
         functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
     )
     out_BTHV = on_device(q_BTHQ, latent_BTU, weights["kv_b_proj"], tokens.segment_ids_BT)
-    return keep(out_BTHV).reshape(B, T, -1) @ weights["o_proj"], latent_BTU
+    return out_BTHV.reshape(B, T, -1) @ weights["o_proj"], latent_BTU
 
 
 def absorbed(

@@ -13,6 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from longcat_jax.sharding import axis_size
+from pallas_kernels import RESULT
 
 KEPT = "kept"
 
@@ -33,7 +34,7 @@ def rematerialised(function: Callable, policy: str) -> Callable:
         return function
     policies = {
         "none": _all_but_weights,
-        "selective": jax.checkpoint_policies.save_only_these_names(KEPT),
+        "selective": jax.checkpoint_policies.save_only_these_names(KEPT, RESULT),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     return jax.checkpoint(function, policy=policies[policy], prevent_cse=False)

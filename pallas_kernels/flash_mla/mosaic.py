@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import _common
 from pallas_kernels.flash_mla import mosaic_backward, mosaic_forward, mosaic_queries, schedule
 
 # The backward keeps dS of as many heads at a time as fit into this, of one at least: B * T^2 bytes.
@@ -31,6 +32,7 @@ def _attend(
 
 def _forward(scale: float, *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     out, lse = mosaic_forward.attend(*operands, scale=scale)
+    out, lse = _common.named_result(out), _common.named_result(lse)
     return out, (operands, out, lse)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._common import accumulation_dtype
+from pallas_kernels._common import accumulation_dtype, named_result
 
 CHUNK = 256
 WHOLE_UP_TO = 512
@@ -68,7 +68,7 @@ def flash_mla(
 
     if num_tokens <= WHOLE_UP_TO:
         mask_BTS = mask(place_T, segment_BT)
-        return _attend(q_BTHQ, k_BSHQ, v_BSHV, k_rope, mask_BTS, scale=scale)
+        return named_result(_attend(q_BTHQ, k_BSHQ, v_BSHV, k_rope, mask_BTS, scale=scale))
 
     # Every chunk adds to the gradients of all keys: the loop sums them in the dtype of what it
     # closes over.
@@ -95,4 +95,4 @@ def flash_mla(
         (chunks(q_padded), place_T[row_T].reshape(num_chunks, CHUNK), chunks(segment_BT[:, row_T])),
     )
     out_BTHV = jnp.moveaxis(out, 0, 1).reshape(*q_padded.shape[:3], v_BSHV.shape[3])
-    return out_BTHV[:, :num_tokens]
+    return named_result(out_BTHV[:, :num_tokens])

@@ -49,7 +49,7 @@ def _triton_misfit(x_TD: jax.Array) -> str:
     )
 
 
-# On an H100 XLA runs combine and its gradient at the speed of a copy: no kernel beats that.
+# A Mosaic kernel for combine's gradient was no faster than XLA's (experiments/LOG.md).
 _COMBINE = {"reference": _common.Implementation(reference.gather_combine)}
 _ROWS = {
     "reference": _common.Implementation(reference.gather_rows),
