@@ -9,6 +9,7 @@ Every check raises `ConfigError` with one line: the field, the value, what is al
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -261,6 +262,8 @@ class ParallelConfig:
             f"one of {', '.join(EXPERT_BACKENDS)}",
         )
         _positive("parallel", self, "token_chunks", "capacity_factor")
+        finite = math.isfinite(self.capacity_factor)
+        require(finite, "parallel.capacity_factor", self.capacity_factor, "finite")
 
 
 @dataclasses.dataclass(frozen=True)

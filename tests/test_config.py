@@ -74,6 +74,7 @@ WRONG = {
     "parallel.token_chunks=0": ("parallel.token_chunks=0", "> 0"),
     "parallel.token_chunks=5": ("parallel.token_chunks=5", "a divisor of the 192 tokens"),
     "parallel.capacity_factor=0": ("parallel.capacity_factor=0.0", "> 0"),
+    "parallel.capacity_factor=1e999": ("parallel.capacity_factor=inf", "finite"),
     "parallel.dropless=1": ("parallel.dropless=1", "of type bool"),
     "train.steps=0": ("train.steps=0", "> 0"),
     "train.accumulate=5": ("train.global_batch=16", "divisible by train.accumulate=5"),
