@@ -180,6 +180,8 @@ def console_line(values: Mapping[str, Any], *, total_steps: int, eta_seconds: fl
             "input_wait": "wait {:.1%}",
         },
     )
+    if left_out := values.get("selections_left_out"):
+        parts.append(f"{quantity(left_out)} selections left out")
     return " | ".join([*parts, f"ETA {duration(eta_seconds)}"])
 
 

@@ -3,6 +3,7 @@
 A micro-batch A of accumulation, B batch, T tokens, L layers, E router outputs, X real experts.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longcat_jax.config import Config
+from longcat_jax.config import Config, ParallelConfig
 from longcat_jax.losses import (
     Batch,
     Denominators,
@@ -30,6 +31,7 @@ from longcat_jax.model import longcat
 from longcat_jax.optim.chain import make_optimizer
 from longcat_jax.optim.frozen import frozen_mask, stop_frozen_gradients
 from longcat_jax.parallel.compiler import compiler_options
+from longcat_jax.parallel.expert import capacity, chosen
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import BATCH_AXES, parameter_shardings
 
@@ -130,9 +132,16 @@ def accumulated_gradients(
     params: Any, config: Config, batch: Batch
 ) -> tuple[LossTerms, RouterCounts, Any]:
     """Losses, counts and gradients of the global batch, summed over its micro-batches in order."""
-    totals, parts = denominators(batch, config), config.train.accumulate
+    totals = denominators(batch, config)
+    return _summed(
+        lambda part: _gradients(params, config, part, totals), batch, config.train.accumulate
+    )
+
+
+def _summed(of_batch: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
+    """`of_batch` of the micro-batches, summed in order."""
     if parts == 1:
-        return _gradients(params, config, batch, totals)
+        return of_batch(batch)
 
     def split(x: jax.Array) -> jax.Array:
         # Every micro-batch takes rows from all devices: row r goes to micro-batch r mod A.
@@ -142,12 +151,10 @@ def accumulated_gradients(
         return jax.lax.with_sharding_constraint(x_ABT, P(None, BATCH_AXES))
 
     def step(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, _gradients(params, config, part, totals)), None
+        return jax.tree.map(jnp.add, total, of_batch(part)), None
 
     micro = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(
-        lambda b: _gradients(params, config, b, totals), jax.tree.map(lambda x: x[0], micro)
-    )
+    shapes = jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(step, zeros, micro)[0]
 
@@ -230,7 +237,38 @@ class EvaluationSums:
 def evaluation_step(
     params: Any, batch: Batch, token_bytes_W: jax.Array, *, config: Config
 ) -> EvaluationSums:
-    """Cross-entropy and router counts of one batch, no gradients."""
+    """Cross-entropy and router counts of one batch, no gradients.
+
+    No selection is left out, whatever training does: what is measured depends neither on the mesh
+    nor on capacities. As in training one micro-batch follows the other.
+    """
+    config = dataclasses.replace(config, parallel=with_room(config))
+    return _summed(
+        lambda part: _evaluation_sums(params, part, token_bytes_W, config),
+        batch,
+        config.train.accumulate,
+    )
+
+
+def with_room(config: Config) -> ParallelConfig:
+    """Dropless, in as many chunks as keep the rows of a chunk within those of a training step that
+    isn't.
+    """
+    parallel, mesh, train, model = config.parallel, config.mesh, config.train, config.model
+    if chosen(parallel, mesh.expert)[1]:
+        return parallel
+    rows = train.global_batch // (mesh.batch_shards * train.accumulate)
+    tokens = rows * train.sequence_length // mesh.context
+    each = mesh.expert * min(model.moe_topk, model.n_routed_experts // mesh.expert)
+    most = capacity(tokens // parallel.token_chunks, model, parallel)
+    divisors = (number for number in range(1, tokens + 1) if tokens % number == 0)
+    chunks = next((number for number in divisors if tokens // number * each <= most), tokens)
+    return dataclasses.replace(parallel, dropless=True, token_chunks=chunks)
+
+
+def _evaluation_sums(
+    params: Any, batch: Batch, token_bytes_W: jax.Array, config: Config
+) -> EvaluationSums:
     out = longcat.trunk(
         params,
         config.model,
@@ -252,7 +290,7 @@ def router_watch(params: Any, batch: Batch, *, config: Config) -> Metrics:
     """Per layer: mean pairwise cosine of the router's rows, and R_g (SPEC 3).
 
     R_g = |grad_P alpha L_LB| / |grad_P L_LM|, by differentiating both losses at a zero vector
-    added to every token's p; it should stay under 0.1.
+    added to every token's p; it should stay under 0.1. Both are training's, with its capacities.
     """
     model = config.model
     zero_LE = jnp.zeros(

@@ -182,6 +182,7 @@ def test_console_line() -> None:
         "max_load": 1.4,
         "grad_norm": 0.9,
         "input_wait": 0.003,
+        "selections_left_out": 0.0,
     }
     line = metrics.console_line(values, total_steps=700, eta_seconds=112)
     assert line == (
@@ -190,6 +191,9 @@ def test_console_line() -> None:
     )
     known = metrics.console_line({**values, "mfu": 0.267}, total_steps=700, eta_seconds=1)
     assert "TFLOP/s | MFU 26.7% | experts" in known
+    dropped = {"step": 3, "max_load": 9, "selections_left_out": 2345.0}
+    line = metrics.console_line(dropped, total_steps=7, eta_seconds=0)
+    assert line == "step 3/7 | max load 9.00 | 2.35k selections left out | ETA 0:00"
     empty = metrics.console_line({"step": 3, "loss": None}, total_steps=7, eta_seconds=11045.4)
     assert empty == "step 3/7 | ETA 3:04:05"
 

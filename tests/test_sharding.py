@@ -1,6 +1,8 @@
 """The mesh: sharded training equals one device's, nothing large replicated, one start anywhere."""
 
 import collections
+import dataclasses
+import functools
 import re
 
 import jax
@@ -19,6 +21,7 @@ from longcat_jax.train_step import (
     evaluation_step,
     init_state,
     router_watch,
+    with_room,
 )
 from pallas_kernels import _common
 from tests.helpers import (
@@ -278,6 +281,32 @@ def test_the_same_step_twice_on_a_mesh_is_bit_equal():
         state, metrics = many.run(random_batch(tiny_config()))
     assert metrics == many.losses[0]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), many.states[0])
+
+
+def test_evaluation_leaves_no_selection_out_where_training_does():
+    tight = {"expert_backend": "all_to_all", "dropless": False, "capacity_factor": 0.4}
+
+    def measured(**sections):
+        config = tiny_config(model={"num_layers": 1}, **sections)
+        params, batch = random_params(config), random_batch(config)
+        with jax.set_mesh(make_mesh(config.mesh)):
+            step = jax.jit(functools.partial(evaluation_step, config=config))
+            return jax.device_get(step(params, batch, jax.numpy.asarray(token_bytes(config))))
+
+    with exact():
+        many = measured(mesh={"expert": 2}, parallel=tight, train={"accumulate": 8})
+        assert relative_error(many, measured()) <= 1e-12
+
+
+def test_a_chunk_of_an_evaluation_has_no_more_rows_than_a_training_step():
+    """The released model's layout, in which the worst case is 32 times what is usual."""
+    overrides = ["mesh.data=2", "mesh.fsdp=16", "mesh.expert=32", "train.accumulate=4"]
+    config = override(load_config("configs/flash_560b.py"), overrides)
+    found = with_room(config)
+    assert found.dropless and not config.parallel.dropless
+    assert found.token_chunks == 32 and 8192 // 32 * 32 * 12 <= 8192 * 8 * 1.5
+    gathered = dataclasses.replace(config.mesh, expert=8)
+    assert with_room(dataclasses.replace(config, mesh=gathered)) == config.parallel
 
 
 @pytest.mark.slow
