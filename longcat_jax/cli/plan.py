@@ -1,8 +1,9 @@
 """`longcat plan`: parameters, memory, traffic and time of a configuration, without running it.
 
 Everything comes from shapes (`jax.eval_shape`) and formulas: a 560 B model is planned on a laptop.
-With --devices the mesh and the number of micro-batches with the shortest predicted step are
-proposed, unless the configuration's own mesh has that many devices.
+With --devices the mesh, the number of micro-batches and, where parallel.expert_backend is auto, the
+way to the experts with the shortest predicted step are proposed, unless the configuration's own
+mesh has that many devices. What is gathered between nodes is taken to enter each of them once.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from longcat_jax.cli.config_file import OVERRIDES, load_config
 from longcat_jax.config import Config, ConfigError, from_mapping, override, to_mapping
 
-NODES = 8 * 4096
+MOST_DEVICES = 8 * 4096
 """Most devices that are planned for."""
 
 
@@ -59,17 +60,18 @@ def plan(config: Config) -> list[tuple[str, str]]:
 
     from longcat_jax.model import count
     from longcat_jax.plan.memory import abstract_mesh, bytes_per_device
+    from longcat_jax.plan.tables import amount
     from longcat_jax.train_step import abstract_state
 
     model, length = config.model, config.train.sequence_length
     state = abstract_state(config, abstract_mesh(config.mesh))
     rows = [
-        ("parameters", f"{count.total_parameters(model) / 1e9:.2f} B"),
-        ("MTP head, its embedding included", f"{count.mtp_parameters(model) / 1e9:.3f} B"),
+        ("parameters", amount(count.total_parameters(model))),
+        ("MTP head, its embedding included", amount(count.mtp_parameters(model), 3)),
     ]
     for real in sorted({0.0, model.moe_topk_real, float(model.moe_topk)}):
         active = count.active_parameters(model, real)
-        rows.append((f"active per token with {real:g} real experts", f"{active / 1e9:.2f} B"))
+        rows.append((f"active per token with {real:g} real experts", amount(active)))
     flops = count.training_flops_per_token(model, length)
     tokens = config.train.global_batch * length
     leaves = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
@@ -79,7 +81,7 @@ def plan(config: Config) -> list[tuple[str, str]]:
         ("tokens per step", f"{tokens / 1e6:.3g} M"),
         ("work of the whole run", f"{flops * tokens * config.train.steps:.3g} FLOP"),
         ("devices in the mesh", str(config.mesh.num_devices)),
-        ("stored parameters", f"{leaves / 1e9:.3f} B"),
+        ("stored parameters", amount(leaves, 3)),
         ("master weights per device", f"{bytes_per_device(state.params) / 1e9:.3g} GB"),
         ("optimizer state per device", f"{bytes_per_device(state.opt_state) / 1e9:.3g} GB"),
     ]
@@ -88,8 +90,8 @@ def plan(config: Config) -> list[tuple[str, str]]:
 def run(args: argparse.Namespace) -> None:
     """Prints the plan."""
     config = load_job(args.config, args.overrides)
-    if args.devices is not None and not 1 <= args.devices <= NODES:
-        raise ConfigError(f"--devices={args.devices}: must be from 1 to {NODES}")
+    if args.devices is not None and not 1 <= args.devices <= MOST_DEVICES:
+        raise ConfigError(f"--devices={args.devices}: must be from 1 to {MOST_DEVICES}")
     from longcat_jax.plan import decoding, hardware, memory, search, tables, training
     from longcat_jax.plan.job import Job
 
@@ -97,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     if args.devices not in (None, config.mesh.num_devices):
         job = search.propose(config, args.devices, machine)
         proposed = f"proposed: {tables.mesh_text(job.mesh)} train.accumulate={job.micro_batches}"
+        if job.mesh.expert > 1:
+            proposed += f" parallel.expert_backend={job.backend}"
     rows = plan(job.config)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from longcat_jax.config import MESH_AXES, Config, MeshConfig, ModelConfig
+from longcat_jax.config import MESH_AXES, Config, ConfigError, MeshConfig, ModelConfig
 from longcat_jax.model.longcat import abstract
 from longcat_jax.parallel.expert import capacity, chosen
 from longcat_jax.parameters import Box, is_box
@@ -80,9 +80,20 @@ def parts(model: ModelConfig) -> dict[str, Part]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A configuration with the numbers that formulas need."""
+    """A configuration with the numbers that formulas need.
+
+    Raises:
+      ConfigError: experts on several devices, and their exchange left to XLA's partitioner.
+    """
 
     config: Config
+
+    def __post_init__(self) -> None:
+        if self.mesh.expert > 1 and self.backend == "dense":
+            raise ConfigError(
+                "parallel.expert_backend='dense': must be auto, allgather or all_to_all where "
+                "mesh.expert > 1; what XLA's partitioner sends is not planned"
+            )
 
     @property
     def model(self) -> ModelConfig:
@@ -118,7 +129,9 @@ class Job:
 
     @property
     def rows_per_device(self) -> int:
-        """Sequences, or context's share of them, of one micro-batch on one device."""
+        """Sequences of one micro-batch that a device has, each whole or the context axis' share of
+        it.
+        """
         return self.config.train.global_batch // (self.micro_batches * self.mesh.batch_shards)
 
     @property

@@ -1,9 +1,12 @@
-"""The mesh and the number of micro-batches with the shortest predicted step that fits."""
+"""The mesh, the number of micro-batches and the way to the experts with the shortest predicted step
+that fits.
+"""
 
 import dataclasses
 from collections.abc import Iterator
 
 from longcat_jax.config import Config, ConfigError, MeshConfig
+from longcat_jax.parallel.expert import EXCHANGES
 from longcat_jax.plan.hardware import USABLE, Hardware
 from longcat_jax.plan.job import Job
 from longcat_jax.plan.memory import memory
@@ -37,9 +40,14 @@ def meshes(devices: int, context: int) -> Iterator[MeshConfig]:
 
 def fits(job: Job, hardware: Hardware) -> bool:
     """Whether a device has room for it."""
-    limit = USABLE * hardware.memory
-    state = 3 * job.wide * sum(part.here(job.mesh) for part in job.parts.values())
-    return state <= limit and memory(job).total <= limit  # the first is quick
+    return memory(job).total <= USABLE * hardware.memory
+
+
+def with_backends(job: Job) -> list[Job]:
+    """The job with each way to the experts; only with its own where it names one, or needs none."""
+    if job.mesh.expert == 1 or job.config.parallel.expert_backend != "auto":
+        return [job]
+    return [job.with_backend(backend) for backend in EXCHANGES]
 
 
 def propose(config: Config, devices: int, hardware: Hardware) -> Job:
@@ -53,7 +61,7 @@ def propose(config: Config, devices: int, hardware: Hardware) -> Job:
         rows = config.train.global_batch // mesh.batch_shards
         for accumulate in divisors(rows) if rows else [1]:
             try:
-                candidates.append(Job(with_mesh(config, mesh, accumulate)))
+                candidates += with_backends(Job(with_mesh(config, mesh, accumulate)))
             except ConfigError as error:
                 refused = refused or str(error)
     if not candidates:

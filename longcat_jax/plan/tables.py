@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from longcat_jax.config import MESH_AXES, MeshConfig
+from longcat_jax.parallel.expert import EXCHANGES
 from longcat_jax.plan import decoding as decoding_lib
 from longcat_jax.plan import traffic as traffic_lib
 from longcat_jax.plan import training
@@ -32,6 +33,18 @@ def table(title: str, header: Row, rows: Iterable[Row]) -> str:
     return "\n".join([title, *map(text, lines)])
 
 
+def unit_of(values: float) -> tuple[float, str, str]:
+    """What to count so many parameters in: its size, its letter, its name."""
+    units = (1e9, "B", "billions"), (1e6, "M", "millions"), (1e3, "K", "thousands")
+    return next((unit for unit in units if values >= unit[0]), units[-1])
+
+
+def amount(values: float, digits: int = 2) -> str:
+    """A number of parameters: `560.66 B`."""
+    unit, letter, _ = unit_of(values)
+    return f"{values / unit:.{digits}f} {letter}"
+
+
 def axes_text(axes: Sequence[str]) -> str:
     """`fsdp x expert`."""
     return " x ".join(axes) or "-"
@@ -47,12 +60,13 @@ def mesh_text(mesh: MeshConfig) -> str:
 
 def parts(job: Job) -> str:
     """Where the parameters lie."""
+    unit, _, name = unit_of(sum(part.values for part in job.parts.values()))
     rows = []
     for part in job.parts.values():
         axes = [axis for axis in part.cut if getattr(job.mesh, axis) > 1]
         here = part.here(job.mesh)
-        rows.append([part.name, f"{part.values / 1e9:.3f}", axes_text(axes), f"{here / 1e9:.4f}"])
-    return table("parameters, billions", ["part", "in all", "cut over", "on a device"], rows)
+        rows.append([part.name, f"{part.values / unit:.3f}", axes_text(axes), f"{here / unit:.4f}"])
+    return table(f"parameters, {name}", ["part", "in all", "cut over", "on a device"], rows)
 
 
 def memory(found: Memory, hardware: Hardware) -> str:
@@ -101,9 +115,13 @@ def traffic(job: Job, hardware: Hardware) -> str:
 
 
 def backends(job: Job, hardware: Hardware) -> str:
-    """The expert back-ends side by side."""
+    """The expert back-ends side by side.
+
+    What is gathered is taken to enter a node once, shared by its devices' ports and passed on over
+    NVLink (plan/hardware.py): an assumption, which favours allgather.
+    """
     rows = []
-    for backend in ("allgather", "all_to_all"):
+    for backend in EXCHANGES:
         other = job.with_backend(backend)
         flows = traffic_lib.exchanges(other)
         loads = [(flow.times, flow.load(job.mesh, hardware.node)) for flow in flows]

@@ -98,14 +98,16 @@ def attention_weights(model: ModelConfig) -> int:
     return query + latent + up + heads * m.v_head_dim * m.hidden_size
 
 
-def _elementwise_values(model: ModelConfig) -> float:
-    """Values of a token that norms, residuals, rotations, SwiGLU, dispatch and combine move."""
-    m = model
+def _elementwise_values(job: Job) -> int:
+    """Values that norms, residuals, rotations, SwiGLU, dispatch and combine move in one block on a
+    device. Rows that only hold room are filled with zeros, and move like the others.
+    """
+    m = job.model
     norms, residuals = 4 * 2 * m.hidden_size, 4 * 3 * m.hidden_size
     rotations = 2 * 2 * m.num_attention_heads * m.qk_head_dim
-    swiglu = 3 * (2 * m.ffn_hidden_size + m.moe_topk_real * m.expert_ffn_hidden_size)
-    rows = (3 * m.moe_topk_real + 2) * m.hidden_size
-    return norms + residuals + rotations + swiglu + rows
+    token = norms + residuals + rotations + 3 * 2 * m.ffn_hidden_size
+    row = 3 * m.expert_ffn_hidden_size + 3 * m.hidden_size
+    return job.tokens * token + job.rows * row + job.received * 2 * m.hidden_size
 
 
 def _forward(job: Job, hardware: Hardware) -> tuple[Pass, float]:
@@ -114,7 +116,7 @@ def _forward(job: Job, hardware: Hardware) -> tuple[Pass, float]:
     heads = m.num_attention_heads * (m.qk_head_dim + m.v_head_dim)
     core = tokens * heads * job.config.train.sequence_length / (flops * shares.ATTENTION)
     expert = 6 * m.hidden_size * m.expert_ffn_hidden_size
-    moved = _elementwise_values(m) * tokens * job.itemsize
+    moved = _elementwise_values(job) * job.itemsize
     # Every device of the context axis makes the keys and values of whole rows.
     keys = m.kv_lora_rank * m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
     weights = attention_weights(m) + (job.mesh.context - 1) * keys

@@ -32,7 +32,8 @@ def test_the_released_model_and_a_proposed_mesh(capsys: pytest.CaptureFixture[st
         "stored parameters": "561.863 B",
     }
     assert {name: rows[name].strip() for name in expected} == expected
-    assert "\nproposed: mesh." in out and " train.accumulate=" in out
+    (proposed,) = (line for line in out.splitlines() if line.startswith("proposed: mesh."))
+    assert " train.accumulate=" in proposed and " parallel.expert_backend=allgather" in proposed
     for title in (
         "parameters, billions",
         "memory of a device; fits into 105.8 GB of h200",
@@ -54,6 +55,9 @@ def test_the_configuration_s_own_mesh_is_planned(capsys: pytest.CaptureFixture[s
     assert _plan("--config=configs/quickstart.py") == 0
     single = capsys.readouterr().out
     assert "devices in the mesh                    1\n" in single
+    assert "parameters                             2.61 M\n" in single
+    assert "MTP head, its embedding included       490.800 K\n" in single
+    assert "\nparameters, millions\n" in single
     assert "what a device receives" not in single and "decoding on 1 h100" in single
 
 
@@ -64,6 +68,10 @@ def test_the_configuration_s_own_mesh_is_planned(capsys: pytest.CaptureFixture[s
         (["--devices=8"], "--devices=8: no mesh fits into 60.0 GB of h100; the least is "),
         (["--devices=0"], "--devices=0: must be from 1 to 32768"),
         (["--hardware=b200"], "--hardware=b200: must be one of h100, h800, h200"),
+        (
+            ["--config.mesh.expert=8", "--config.parallel.expert_backend=dense"],
+            "parallel.expert_backend='dense': must be auto, allgather or all_to_all",
+        ),
         (["--config.mesh.fsdp=1024"], "model.q_lora_rank=1536: must be divisible by mesh.fsdp"),
     ],
 )

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from longcat_jax.cli.config_file import load_config
-from longcat_jax.config import ConfigError, MeshConfig
+from longcat_jax.config import ConfigError, MeshConfig, override
 from longcat_jax.plan import hardware, search
+from longcat_jax.plan.hardware import USABLE
 from longcat_jax.plan.job import Job
 from longcat_jax.plan.memory import memory
 from longcat_jax.plan.training import step
@@ -25,10 +26,33 @@ def test_the_released_model_on_1024_devices_stays_under_60_gigabytes():
     others = MeshConfig(data=4, fsdp=8, expert=32), MeshConfig(data=2, fsdp=8, expert=64)
     for mesh in (*others, job.mesh):
         for accumulate in (1, 2, 4):
-            other = Job(search.with_mesh(config, mesh, accumulate))
-            tried += search.fits(other, H100)
-            assert step(other, H100).seconds >= best or not search.fits(other, H100)
-    assert tried >= 2
+            plain = Job(search.with_mesh(config, mesh, accumulate))
+            for backend in ("allgather", "all_to_all"):
+                other = plain.with_backend(backend)
+                tried += search.fits(other, H100)
+                assert step(other, H100).seconds >= best or not search.fits(other, H100)
+    assert tried >= 4
+
+
+def test_the_way_to_the_experts_is_searched_unless_it_is_named():
+    config = load_config("configs/flash_560b.py")
+    found = search.propose(config, 1024, H100)
+    assert config.parallel.expert_backend == "auto" and found.backend == "allgather"
+    named = override(config, ["parallel.expert_backend=all_to_all"])
+    slower = search.propose(named, 1024, H100)
+    assert slower.backend == "all_to_all"
+    assert step(slower, H100).seconds > step(found, H100).seconds
+    with pytest.raises(ConfigError, match=r"parallel.expert_backend='dense': must be auto, all"):
+        Job(override(config, ["mesh.expert=8", "parallel.expert_backend=dense"]))
+
+
+def test_frozen_parameters_have_no_moments_to_make_room_for():
+    job = released("mesh.data=1", "mesh.fsdp=4", "mesh.expert=32", "train.accumulate=32")
+    frozen = ["optim.freeze=('layers/*',)", "optim.balance.alpha=0.0"]
+    tuned = Job(override(job.config, frozen))
+    assert memory(tuned).optimizer < 0.1 * memory(job).optimizer
+    room = dataclasses.replace(H100, memory=memory(tuned).total / USABLE)
+    assert search.fits(tuned, room) and not search.fits(job, room)
 
 
 def test_bigger_memory_never_makes_the_proposal_slower():

@@ -41,6 +41,18 @@ def test_what_is_made_again_costs_time():
     assert full / none == pytest.approx(1.31, abs=0.02)  # a forward pass more, attention dearer
 
 
+def test_rows_that_only_hold_room_move_too():
+    fixed, dropless = (
+        released("train.remat=none", f"parallel.dropless={one}") for one in (False, True)
+    )
+    more = step(dropless, FREE).blocks - step(fixed, FREE).blocks
+    rows = (32 * 8192 * 12 - 8192 * 12) * 3 * (2048 + 6144)
+    received = (32 * 8192 - 8192 * 12) * 2 * 6144
+    # Once forward and twice backward, in 28 blocks and 4 micro-batches.
+    seconds = 3 * 28 * 4 * 2 * (rows + received) / (FREE.memory_rate * hardware.MEMORY)
+    assert more == pytest.approx(seconds)
+
+
 def test_windows_share_a_pass_between_the_two_kinds_of_traffic():
     one = Pass(attention=2.0, ffn=3.0, experts=8.0, router=0.5, elementwise=1.0)
     assert one.total == 19.5
