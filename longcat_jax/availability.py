@@ -86,6 +86,8 @@ def _summary(lines: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str | 
     ]
     wall = lines[-1]["time"] - lines[0]["time"]
     if wall > 0:
-        kept = sum(line["step_seconds"] for line in steps)
+        # A run that goes on, or was killed, has later steps: their time is not in `wall`.
+        last = lines[-1]["step"]
+        kept = sum(line["step_seconds"] for line in steps if line["step"] <= last)
         parts.insert(0, f"{min(kept / wall, 1):.1%} of {wall:.0f} s in steps that count")
     return ", ".join(parts)

@@ -296,9 +296,13 @@ def test_slurm_s_variables_place_a_process(nodes: str, host: str) -> None:
 
 def test_options_place_a_process_and_are_checked() -> None:
     assert place("a:1", 3, 2, SLURM_JOB_ID="1") == placement.Placement("a:1", 3, 2)
+    assert place("::1:65535", 1, 0) == placement.Placement("::1:65535", 1, 0)
     for flags, message in (
         (("a:1", None, 0), "--num_processes: missing"),
         (("a", 2, 0), "--coordinator=a: must be HOST:PORT"),
+        (("a:0", 2, 0), "--coordinator=a:0: must be .* PORT from 1 to 65535"),
+        (("a:65536", 0, 0), "--coordinator=a:65536: must be .* PORT from 1 to 65535"),
+        (("a:1", 0, 0), "--num_processes=0: must be at least 1"),
         (("a:1", 2, 2), "--process_id=2: must be from 0 to"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -350,15 +354,79 @@ def test_availability_counts_what_restarts_cost(tmp_path: Path) -> None:
     assert text.endswith("1 restarts, 2 steps done again (4 s), 1 saves with 0.2 s of stall")
 
 
-def test_job_files_are_shell() -> None:
-    for name in ("supervise.sh", "slurm.sh"):
-        subprocess.run(["bash", "-n", ROOT / "docs" / "jobs" / name], check=True)
+def test_availability_of_a_run_that_goes_on_is_up_to_its_last_event(tmp_path: Path) -> None:
+    start = dict(time=100.0, event="start", step=0, lost_steps=0, lost_seconds=0.0)
+    save = dict(time=120.0, event="save", step=3, stall_seconds=0.5)
+    (tmp_path / availability.FILE).write_text(f"{json.dumps(start)}\n{json.dumps(save)}\n")
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 7):
+            writer.write(step, {"loss": 1.0, "step_seconds": 5.0})
+    assert availability.summary(tmp_path).startswith("75.0% of 20 s in steps that count, ")
+
+
+JOBS = ROOT / "docs" / "jobs"
+SUPERVISED = ("sh", str(JOBS / "supervise.sh"))
+
+
+def supervised(*command: str) -> subprocess.Popen:
+    """`command` under its supervisor, in a process group of its own."""
+    return subprocess.Popen(
+        [*SUPERVISED, *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_a_supervisor_between_two_starts_ends_at_sigterm(tmp_path: Path) -> None:
+    count = tmp_path / "starts"
+    with supervised("sh", "-c", f"echo >> {count}; exit 3") as process:
+        assert "status 3, starting again" in process.stderr.readline()
+        signalled = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)  # returns when the pause's own process has ended too
+        assert process.returncode == 3
+        assert time.monotonic() - signalled < 4
+    assert count.read_text() == "\n"
+
+
+def test_a_supervisor_passes_sigterm_on_and_ends_with_its_command() -> None:
+    with supervised(
+        "sh", "-c", "trap 'sleep 0.2; exit 75' TERM; echo up >&2; while :; do sleep 0.1; done"
+    ) as process:
+        assert process.stderr.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 75
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "restarts", "requeued"),
+    [
+        (0, 100, 0, False),
+        (1, 50, 0, False),
+        (1, 60, 0, True),
+        (1, 60, 100, False),
+        (2, 60, 0, False),
+        (75, 1, 0, True),
+    ],
+)
+def test_slurm_s_job_goes_back_into_the_queue(
+    tmp_path: Path, status: int, seconds: int, restarts: int, *, requeued: bool
+) -> None:
+    """With an `srun` that ends after `seconds` of bash's clock, and an `scontrol` that speaks."""
+    functions = f"srun() {{ SECONDS={seconds}; return {status}; }}; scontrol() {{ echo $*; }}"
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(
+        ["bash", "-c", f"{functions}; source {JOBS / 'slurm.sh'}"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "requeue 7\n" if requeued else "")
 
 
 # The whole model, trained by two processes of four devices each.
 SPREAD = dict(data=2, expert=4)
 LAST = 10
-SUPERVISED = ("sh", str(ROOT / "docs" / "jobs" / "supervise.sh"))
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,10 @@ srun --kill-on-bad-exit=1 longcat train \
 status=$?
 
 # The supervisor: back into the queue until the last step is done. SLURM itself requeues the job
-# when a node fails. Status 2 is a command line that cannot be read.
-if [ "$status" -ne 0 ] && [ "$status" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
+# when a node fails. Status 2 is a command line that cannot be read; a failure within a minute, by
+# anything but SIGTERM (75), would most likely be the same again.
+if [ "$status" -ne 0 ] && [ "$status" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] &&
+    { [ "$status" -eq 75 ] || [ "$SECONDS" -ge 60 ]; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

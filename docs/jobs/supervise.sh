@@ -6,22 +6,33 @@
 stopping=
 child=
 trap 'stopping=1; [ -n "$child" ] && kill -TERM "$child"' TERM INT
-quick=0
-while :; do
-    started=$(date +%s)
+
+# Runs a command in the background, so that a signal reaches this shell at once.
+run() {
     "$@" &
     child=$!
+    [ -n "$stopping" ] && kill -TERM "$child"
     wait "$child"
-    status=$?
+    result=$?
     # A trapped signal ends `wait` before the command has ended.
     while kill -0 "$child" 2>/dev/null; do
         wait "$child"
-        status=$?
+        result=$?
     done
+    child=
+    return "$result"
+}
+
+quick=0
+while :; do
+    started=$(date +%s)
+    run "$@"
+    status=$?
     [ "$status" -eq 0 ] && exit 0
     [ -n "$stopping" ] || [ "$status" -eq 2 ] && exit "$status"
     if [ $(($(date +%s) - started)) -lt 60 ]; then quick=$((quick + 1)); else quick=0; fi
     [ "$quick" -ge 3 ] && exit "$status"
     echo "supervise: status $status, starting again" >&2
-    sleep 5
+    run sleep 5
+    [ -n "$stopping" ] && exit "$status"
 done

@@ -45,8 +45,11 @@ def find(args: argparse.Namespace, environ: Mapping[str, str]) -> Placement | No
         missing = ", ".join(f"--{name}" for name in FLAGS if getattr(args, name) is None)
         raise ValueError(f"{missing}: missing; a process of a job needs all three")
     coordinator, processes, index = given
-    if not re.fullmatch(r".+:\d+", coordinator):
-        raise ValueError(f"--coordinator={coordinator}: must be HOST:PORT")
+    port = re.fullmatch(r".+:([0-9]+)", coordinator)
+    if not port or not 1 <= int(port[1]) <= 65535:
+        raise ValueError(f"--coordinator={coordinator}: must be HOST:PORT, PORT from 1 to 65535")
+    if processes < 1:
+        raise ValueError(f"--num_processes={processes}: must be at least 1")
     if not 0 <= index < processes:
         raise ValueError(
             f"--process_id={index}: must be from 0 to --num_processes - 1 = {processes - 1}"
