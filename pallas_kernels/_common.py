@@ -66,6 +66,17 @@ def require_integer(operator: str, **arrays: jax.Array) -> None:
         )
 
 
+def bounded(index: jax.Array, size: int) -> jax.Array:
+    """The indices in int32, with `size` for those outside [0, size).
+
+    Narrow ones are widened first, since `size` may not fit, and wide ones compared as they are,
+    since they may come to lie inside when cut.
+    """
+    if index.dtype.itemsize < 4:
+        index = index.astype(jnp.int32)
+    return jnp.where((index >= 0) & (index < size), index, size).astype(jnp.int32)
+
+
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
     """The mesh axes of an enclosing shard_map over which any of the arrays varies."""
     return frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
@@ -75,6 +86,11 @@ def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """The array, marked as varying over these axes too."""
     missing = tuple(sorted(axes - jax.typeof(array).manual_axis_type.varying))
     return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def zeros_varying(shape: tuple[int, ...], dtype: Any, *arrays: jax.Array) -> jax.Array:
+    """Zeros, varying over the axes of these arrays."""
+    return vary(jnp.zeros(shape, dtype), varying_axes(*arrays))
 
 
 def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:

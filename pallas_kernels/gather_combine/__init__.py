@@ -90,6 +90,10 @@ def gather_combine(
         f"{name}: slots_TK is {slots_TK.shape}, weights_TK {weights_TK.shape}",
     )
     run = _common.choose(name, implementation, _COMBINE)
+    if values_RD.size == 0 or slots_TK.size == 0:
+        shape = slots_TK.shape[0], values_RD.shape[1]
+        return _common.zeros_varying(shape, values_RD.dtype, values_RD, slots_TK, weights_TK)
+    slots_TK = _common.bounded(slots_TK, values_RD.shape[0])
     return run(*_common.vary_together(values_RD, slots_TK, weights_TK))
 
 
@@ -130,4 +134,10 @@ def gather_rows(
         f"{name}: slots_TK has {slots_TK.shape[0]} tokens, x_TD {x_TD.shape[0]}",
     )
     run = _common.choose(name, implementation, _ROWS, x_TD)
+    num_tokens, num_rows = x_TD.shape[0], token_of_row_R.shape[0]
+    if x_TD.size == 0 or num_rows == 0:
+        shape = num_rows, x_TD.shape[1]
+        return _common.zeros_varying(shape, x_TD.dtype, x_TD, token_of_row_R, slots_TK)
+    token_of_row_R = _common.bounded(token_of_row_R, num_tokens)
+    slots_TK = _common.bounded(slots_TK, num_rows)
     return run(*_common.vary_together(x_TD, token_of_row_R, slots_TK))

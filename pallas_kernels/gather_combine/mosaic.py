@@ -97,7 +97,7 @@ def copy_rows(x_TD: jax.Array, token_of_row_R: jax.Array) -> jax.Array:
         grid=(grid,),
         grid_names=("cta",),
         kernel_name="gather_rows",
-    )(x_TD.reshape(num_tokens, num_lines, LINE), token_of_row_R.astype(jnp.int32))
+    )(x_TD.reshape(num_tokens, num_lines, LINE), token_of_row_R)
     out = _common.vary(out, _common.varying_axes(x_TD))
     return out.reshape(num_rows, width)
 

@@ -1,5 +1,7 @@
 """Dispatch and combine in plain jnp; XLA fuses each into one pass over memory.
 
+Indices are int32 and not negative; those past the end stand for no row.
+
 T tokens, K selections per token, R routed rows, D width.
 """
 
@@ -10,10 +12,8 @@ from pallas_kernels._common import accumulation_dtype
 
 
 def _take(x_RD: jax.Array, index_T: jax.Array) -> jax.Array:
-    """x[index], zero where the index is outside [0, R)."""
-    num_rows = x_RD.shape[0]
-    inside_T = (index_T >= 0) & (index_T < num_rows)
-    return x_RD.at[jnp.where(inside_T, index_T, num_rows)].get(mode="fill", fill_value=0)
+    """x[index], zero where the index is past the end."""
+    return x_RD.at[index_T].get(mode="fill", fill_value=0)
 
 
 def _selection_of_row(slots_TK: jax.Array, num_rows: int) -> jax.Array:
@@ -22,11 +22,9 @@ def _selection_of_row(slots_TK: jax.Array, num_rows: int) -> jax.Array:
     The scatter is of int32 at distinct places, hence exact in any order; it is cheaper than a sort.
     """
     size = slots_TK.size
-    flat = slots_TK.reshape(size)
-    flat = jnp.where((flat >= 0) & (flat < num_rows), flat, num_rows)
     return (
         jnp.full(num_rows, size, jnp.int32)
-        .at[flat]
+        .at[slots_TK.reshape(size)]
         .set(jnp.arange(size, dtype=jnp.int32), mode="drop")
     )
 

@@ -6,7 +6,6 @@ T tokens, R routed rows, D width.
 """
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
@@ -36,7 +35,7 @@ def copy_rows(x_TD: jax.Array, token_of_row_R: jax.Array) -> jax.Array:
     tile = min(MAX_TILE, triton.next_power_of_2(width))
     return _triton.launch(
         _rows_kernel,
-        (x_TD, token_of_row_R.astype(jnp.int32)),
+        (x_TD, token_of_row_R),
         out=jax.ShapeDtypeStruct((num_rows, width), x_TD.dtype),
         programs=num_rows * triton.cdiv(width, tile),
         warps=WARPS,

@@ -30,13 +30,14 @@ def _mosaic_misfit(cache_BSU: jax.Array, value_dim: int) -> str:
     if (
         cache_BSU.dtype in _MOSAIC_DTYPES
         and all(n % _MOSAIC_MULTIPLE == 0 for n in (entries, width, value_dim))
+        and entries > 0
         and value_dim <= _MOSAIC_VALUES
         and width <= _MOSAIC_WIDTH
     ):
         return ""
     return (
-        f"takes bfloat16 or float16 and multiples of {_MOSAIC_MULTIPLE}: a value_dim up to "
-        f"{_MOSAIC_VALUES}, entries up to {_MOSAIC_WIDTH} wide, and their number; got "
+        f"takes bfloat16 or float16 and positive multiples of {_MOSAIC_MULTIPLE}: a value_dim up "
+        f"to {_MOSAIC_VALUES}, entries up to {_MOSAIC_WIDTH} wide, and their number; got "
         f"{cache_BSU.dtype}, {value_dim}, {width} and {entries}"
     )
 
@@ -74,7 +75,7 @@ def mla_decode(
 
     Query t of row b is the token at position lengths[b] - T + t and sees the cache entries up to
     its own position, so the new tokens' entries are already in the cache. A query at a negative
-    position sees nothing and gives zeros.
+    position sees nothing and gives zeros, as does any query of an empty cache.
 
     Args:
       q_BTHU: queries with the key up-projection folded in: latent part first, rope part last.
@@ -123,6 +124,9 @@ def mla_decode(
         f"{name}: value_dim is {value_dim}, expected 1 to {cache_BSU.shape[2]}",
     )
     run = _common.choose(name, implementation, _IMPLEMENTATIONS, cache_BSU, value_dim)
+    if any(x.size == 0 for x in (q_BTHU, cache_BSU, *tables)):
+        shape = (*q_BTHU.shape[:3], value_dim)
+        return _common.zeros_varying(shape, q_BTHU.dtype, q_BTHU, cache_BSU, lengths_B, *tables)
     run = functools.partial(run, scale=scale, value_dim=value_dim)
     operands = _common.vary_together(q_BTHU, cache_BSU, lengths_B, *tables)
     if tables or run.func is _mosaic:

@@ -22,10 +22,10 @@ def _mosaic(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
 
 def _mosaic_misfit(values_RD: jax.Array) -> str:
     width = values_RD.shape[1]
-    if values_RD.dtype in _DTYPES and width % _MOSAIC_MULTIPLE == 0:
+    if values_RD.dtype in _DTYPES and width > 0 and width % _MOSAIC_MULTIPLE == 0:
         return ""
     return (
-        "takes bfloat16, float16 or float32 and widths that are multiples of "
+        "takes bfloat16, float16 or float32 and widths that are positive multiples of "
         f"{_MOSAIC_MULTIPLE}, got {values_RD.dtype} and {width}"
     )
 
@@ -71,9 +71,8 @@ def _backward(
     residuals: tuple[jax.Array, np.ndarray],
     dout_ND: jax.Array,
 ) -> tuple[jax.Array, None]:
-    del sum_by_id
+    del sum_by_id, num_rows
     ids_R, like_values = residuals
-    ids_R = jnp.where(ids_R < 0, num_rows, ids_R)  # a negative index would count from the end
     dvalues_RD = dout_ND.at[ids_R].get(mode="fill", fill_value=0)
     return dvalues_RD.astype(like_values.dtype), None
 
@@ -119,5 +118,8 @@ def scatter_add(
     )
     _common.require(num_rows > 0, f"{name}: num_rows is {num_rows}, expected at least 1")
     sum_by_id = _common.choose(name, implementation, _IMPLEMENTATIONS, values_RD)
-    values_RD, ids_R = _common.vary_together(values_RD, ids_R)
+    if values_RD.size == 0:
+        dtype = _common.accumulation_dtype(values_RD.dtype)
+        return _common.zeros_varying((num_rows, values_RD.shape[1]), dtype, values_RD, ids_R)
+    values_RD, ids_R = _common.vary_together(values_RD, _common.bounded(ids_R, num_rows))
     return _scatter_add(sum_by_id, values_RD, ids_R, num_rows)

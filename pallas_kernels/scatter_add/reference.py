@@ -27,15 +27,11 @@ def _segmented_add(
 
 
 def sum_by_id(values_RD: jax.Array, ids_R: jax.Array, num_rows: int) -> jax.Array:
-    """[num_rows, D] sums of the rows of each id; ids outside are dropped."""
+    """[num_rows, D] sums of the rows of each int32 id; id N is dropped."""
     dtype = accumulation_dtype(values_RD.dtype)
     num_values = values_RD.shape[0]
-    if num_values == 0:
-        return jnp.zeros((num_rows, values_RD.shape[1]), dtype)
-    ids_R = ids_R.astype(jnp.int32)
-    keys_R = jnp.where((ids_R < 0) | (ids_R >= num_rows), num_rows, ids_R)
-    position_R = vary(jnp.arange(num_values, dtype=jnp.int32), varying_axes(keys_R))
-    keys_R, order_R = lax.sort_key_val(keys_R, position_R, is_stable=True)
+    position_R = vary(jnp.arange(num_values, dtype=jnp.int32), varying_axes(ids_R))
+    keys_R, order_R = lax.sort_key_val(ids_R, position_R, is_stable=True)
     starts_R = jnp.concatenate([jnp.ones(1, bool), keys_R[1:] != keys_R[:-1]])
     _, prefix_RD = lax.associative_scan(
         _segmented_add, (starts_R[:, None], values_RD[order_R].astype(dtype))

@@ -35,11 +35,9 @@ class Plan(NamedTuple):
 
 
 def plan(ids_R: jax.Array, num_rows: int) -> Plan:
-    """The rows in order of id, equal ids in order of rows."""
-    ids_R = ids_R.astype(jnp.int32)
-    ids_R = jnp.where((ids_R >= 0) & (ids_R < num_rows), ids_R, num_rows)
+    """The rows in order of their int32 ids in [0, N], equal ids in order of rows; N is dropped."""
     chunks = -(-ids_R.shape[0] // CHUNK)
-    few = 0 < chunks * num_rows <= MAX_COUNTERS
+    few = chunks * num_rows <= MAX_COUNTERS
     return _plan_by_counting(ids_R, num_rows) if few else _plan_by_sorting(ids_R, num_rows)
 
 

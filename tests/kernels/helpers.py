@@ -14,6 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
+# Dtypes of indices, a number of rows, an index outside: what fits one need not fit the other.
+INDEX_DTYPES = (
+    ("uint8", 200, 255),
+    ("uint8", 300, None),
+    ("int8", 300, -1),
+    ("uint16", 70000, None),
+    ("int16", 40000, -2),
+    ("uint32", 300, 2**32 - 1),
+    ("int64", 300, 2**32 + 5),
+    ("uint64", 300, 2**64 - 2),
+)
 
 
 def values_of_many_magnitudes(rng: np.random.Generator, *shape: int) -> np.ndarray:

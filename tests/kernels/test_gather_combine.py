@@ -137,3 +137,54 @@ def test_combine_refuses(change, message):
 def test_rows_refuses_slots_of_other_tokens():
     with pytest.raises(ValueError, match="slots_TK has 3 tokens, x_TD 4"):
         gather_rows(jnp.zeros((4, 5)), jnp.zeros(6, int), jnp.zeros((3, 2), int))
+
+
+@pytest.mark.parametrize("dtype, rows, outside", helpers.INDEX_DTYPES)
+def test_indices_of_every_integer_dtype(dtype, rows, outside):
+    rng = np.random.default_rng(7)
+    slots = np.asarray([[5, 100], [outside or 1, 0], [99, outside or 7]], object)
+    token_of_row = np.full(rows, 2 if outside is None else outside, object)
+    for (t, _), slot in np.ndenumerate(slots):
+        if slot != outside:
+            token_of_row[slot] = t
+    x, drows, weights = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((3, 2), (rows, 2), (3, 2))
+    )
+
+    def run(slots, token_of_row):
+        combined = combine_and_gradients(drows, slots, weights, x)
+        return *combined, *rows_and_gradient(x, token_of_row, slots, drows)
+
+    def cast(index, dtype):
+        return jnp.asarray(index.astype(dtype))
+
+    with helpers.strict_types():
+        known = (np.where(index == outside, -1, index) for index in (slots, token_of_row))
+        expected = run(*(cast(index, np.int32) for index in known))
+        actual = run(cast(slots, dtype), cast(token_of_row, dtype))
+        assert helpers.same_bits(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "tokens, selected, rows, width", [(3, 2, 0, 4), (0, 2, 5, 4), (3, 0, 5, 4), (3, 2, 5, 0)]
+)
+def test_empty_operands(tokens, selected, rows, width):
+    slots = jnp.full((tokens, selected), rows)
+    values, weights = jnp.ones((rows, width)), jnp.ones((tokens, selected))
+    out, dvalues, dweights = combine_and_gradients(
+        values, slots, weights, jnp.ones((tokens, width))
+    )
+    assert out.shape == (tokens, width) and dvalues.shape == values.shape
+    assert dweights.shape == weights.shape
+    x, token_of_row = jnp.ones((tokens, width)), jnp.full(rows, tokens)
+    routed, dx = rows_and_gradient(x, token_of_row, slots, values)
+    assert routed.shape == values.shape and dx.shape == x.shape
+    assert not any(np.any(a) for a in (out, dvalues, dweights, routed, dx))
+
+
+@pytest.mark.parametrize("tokens, rows", [(3, 0), (0, 5)])
+def test_empty_operands_launch_no_kernel(tokens, rows):
+    x, slots = jnp.ones((tokens, 128), jnp.bfloat16), jnp.full((tokens, 1), rows)
+    routed = gather_rows(x, jnp.full(rows, tokens), slots, implementation="mosaic")
+    assert routed.shape == (rows, 128) and not np.any(routed)

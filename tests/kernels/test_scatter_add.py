@@ -68,8 +68,27 @@ def test_a_nan_stays_in_its_destination():
     assert np.isnan(out[2]).all() and np.isfinite(out[jnp.asarray([0, 1, 3, 4])]).all()
 
 
-def test_no_rows():
-    assert not np.any(scatter_add(jnp.zeros((0, 3)), jnp.zeros(0, int), 4))
+@pytest.mark.parametrize("rows, width", [(0, 3), (5, 0)])
+def test_nothing_to_add(rows, width):
+    values, ids = jnp.zeros((rows, width), jnp.bfloat16), jnp.zeros(rows, int)
+    out, vjp = jax.vjp(lambda v: scatter_add(v, ids, 4), values)
+    assert out.shape == (4, width) and out.dtype == jnp.float32 and not np.any(out)
+    assert vjp(out)[0].shape == (rows, width)
+
+
+@pytest.mark.parametrize("dtype, destinations, outside", helpers.INDEX_DTYPES)
+def test_ids_of_every_integer_dtype(dtype, destinations, outside):
+    ids = np.asarray([3, outside or 0, 7, 3, 100, outside or 0], object)
+    values = jnp.asarray(np.random.default_rng(8).standard_normal((6, 2)), jnp.float32)
+    dout = jnp.asarray(np.random.default_rng(9).standard_normal((destinations, 2)), jnp.float32)
+
+    def run(ids):
+        out, vjp = jax.vjp(lambda v: scatter_add(v, ids, destinations), values)
+        return out, *vjp(dout)
+
+    with helpers.strict_types():
+        expected = run(jnp.asarray(np.where(ids == outside, -1, ids).astype(np.int32)))
+        assert helpers.same_bits(run(jnp.asarray(ids.astype(dtype))), expected)
 
 
 @pytest.mark.parametrize("rows, destinations", [(300, 70), (9001, 31)])
@@ -78,8 +97,8 @@ def test_plan_is_the_stable_order(monkeypatch, counters, rows, destinations):
     monkeypatch.setattr(schedule, "MAX_COUNTERS", counters)
     ids = np.random.default_rng(6).integers(-2, destinations + 3, rows)
     ids[::3] = 5
-    row, id_of_row, start = schedule.plan(jnp.asarray(ids), destinations)
     ids[(ids < 0) | (ids >= destinations)] = destinations
+    row, id_of_row, start = schedule.plan(jnp.asarray(ids, jnp.int32), destinations)
     order = np.argsort(ids, kind="stable")
     kept = int((ids < destinations).sum())
     assert np.array_equal(np.asarray(row)[:kept], order[:kept])
@@ -113,9 +132,3 @@ def test_refuses(values, ids, num_rows, message):
 def test_refuses_an_unknown_implementation():
     with pytest.raises(ValueError, match="choose None or one of 'reference'"):
         scatter_add(jnp.zeros((3, 2)), jnp.zeros(3, int), 5, implementation="atomics")
-
-
-def test_no_rows_have_a_plan():
-    planned = schedule.plan(jnp.zeros(0, jnp.int32), 5)
-    assert planned.row_R.shape == planned.id_R.shape == (0,)
-    assert planned.start_N1.tolist() == [0] * 6
