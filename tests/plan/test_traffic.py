@@ -11,6 +11,9 @@ from tests.helpers import exact
 from tests.plan.compiled import EXCHANGED, GATHERED, compiled
 from tests.plan.test_memory import released
 
+# Of one chunk: hidden states, then gates and ids that travel with them.
+ARRAYS = {"dispatch": 3, "combine": 1, "gradient of combine": 1, "gradient of dispatch": 2}
+ARRAYS |= {"latents": 1}
 MESH = MeshConfig(data=2, fsdp=16, expert=32)
 
 
@@ -87,13 +90,22 @@ def test_keys_travel_as_latents_over_the_context_axis():
     ],
 )
 def test_bytes_of_a_compiled_step_are_those_planned(case):
+    """And so are the numbers of exchanges and of latents. Those of weights are not compared: the
+    plan takes a part's weights as one collective, XLA has one for each array.
+    """
     config, step = compiled(*case)
     found = hlo.collectives(hlo.parse(step.as_text()), vars(config.mesh))
     planned: dict[tuple, int] = {}
+    times: dict[tuple, int] = {}
     with exact():
         for flow in flows(Job(config)):
             key = flow.kind, flow.axes
             planned[key] = planned.get(key, 0) + flow.times * flow.payload
+            if number := ARRAYS.get(flow.name, 0):
+                number *= 1 if flow.name == "latents" else config.parallel.token_chunks
+                times[key] = times.get(key, 0) + flow.times * number
+    for key, number in times.items():
+        assert sum(one.times for one in found if (one.kind, one.axes) == key) == number, key
     rest = {key: payload for key, (_, payload) in hlo.totals(found).items()}
     # Left out of plans: gradients of norms and biases, metrics.
     small = 8 * sum(part.small for part in Job(config).parts.values()) + 4096
