@@ -91,6 +91,34 @@ def test_refuses(change, message):
         )
 
 
+@pytest.mark.parametrize("implementation", ["reference", "mosaic"])
+@pytest.mark.parametrize("q", [(0, 1, 3, 128), (2, 0, 3, 128), (2, 1, 0, 128)])
+@pytest.mark.parametrize("page", [0, 64])
+def test_no_queries(implementation, q, page):
+    cache = jnp.ones((q[0], 128, 128), jnp.bfloat16)
+    tables = jnp.zeros((q[0], 2), int) if page else None
+    out = mla_decode(
+        jnp.ones(q, jnp.bfloat16),
+        cache.reshape(-1, page, 128) if page else cache,
+        jnp.full(q[0], 5),
+        scale=SCALE,
+        value_dim=64,
+        block_tables_BP=tables,
+        implementation=implementation,
+    )
+    assert out.shape == (*q[:3], 64) and out.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("entries, pages", [(0, None), (5, 0)])
+def test_an_empty_cache_gives_zeros(entries, pages):
+    """Without block tables, and with tables of no page."""
+    q, cache = jnp.ones((2, 1, 3, 9)), jnp.ones((2, entries, 9))
+    tables = None if pages is None else jnp.zeros((2, pages), int)
+    options = dict(scale=SCALE, value_dim=6, block_tables_BP=tables)
+    out = mla_decode(q, cache, jnp.zeros(2, int), **options)
+    assert out.shape == (2, 1, 3, 6) and not np.any(out)
+
+
 mosaic_decode = functools.partial(mla_decode, scale=SCALE, implementation="mosaic")
 
 
@@ -122,7 +150,9 @@ def test_mosaic_equals_exact_attention_in_more_cases():
 
 
 def test_mosaic_has_no_races(interpreted):
-    assert interpreted["decode two row tiles"]["races"] is False
+    result = interpreted["decode two row tiles"]
+    assert result["launches"] == 1
+    assert result["races"] is False
 
 
 @pytest.mark.parametrize("page", [0, 64])
@@ -180,6 +210,7 @@ def test_mosaic_lowers_inside_shard_map(operands):
         ("bfloat16", 64, 128, 32),
         ("bfloat16", 64, 640, 512),
         ("bfloat16", 64, 576, 576),
+        ("bfloat16", 0, 128, 64),
     ],
 )
 def test_mosaic_never_falls_back(dtype, entries, width, value_dim):

@@ -27,7 +27,7 @@ def interpreted():
     """The quick cases; one program for all, since starting it costs as much as a case."""
     grouped = [f"grouped {name}" for name in QUICK]
     scatters = ["scatter uniform", "scatter half on one", "scatter all on the last"]
-    return interpret(*grouped, "grouped float32", *scatters, "dispatch")
+    return interpret(*grouped, "grouped float32", *scatters, "dispatch", "race")
 
 
 def assert_rounded_once(result):
@@ -54,9 +54,18 @@ def test_grouped_gemm_sums_in_float32(interpreted):
     assert result["empty"]
 
 
-def test_no_races(interpreted):
-    races = {name: result["races"] for name, result in interpreted.items() if "races" in result}
-    assert races == {"grouped uneven": False, "scatter uniform": False, "dispatch": False}
+def test_no_races_in_any_launch(interpreted):
+    searched = {name: result for name, result in interpreted.items() if "races" in result}
+    # Scatter-add has a third kernel from 2048 rows on; "race" has one to be found, not in its last.
+    assert {name: result["launches"] for name, result in searched.items()} == {
+        "grouped uneven": 3,
+        "grouped float32": 3,
+        "scatter uniform": 2,
+        "scatter all on the last": 3,
+        "dispatch": 1,
+        "race": 2,
+    }
+    assert [name for name, result in searched.items() if result["races"]] == ["race"]
 
 
 def test_dispatch_equals_reference(interpreted):
@@ -135,7 +144,7 @@ def test_scatter_add_lowers_for_cuda(shape):
     assert text.count("mosaic_gpu") >= 3
 
 
-@pytest.mark.parametrize("dtype, width", [("float32", 96), ("bfloat16", 64)])
+@pytest.mark.parametrize("dtype, width", [("float32", 96), ("bfloat16", 64), ("float16", 0)])
 def test_scatter_add_never_falls_back(dtype, width):
     with pytest.raises(ValueError, match=f"multiples of 128, got {dtype} and {width}"):
         scatter_add(jnp.zeros((8, width), dtype), jnp.zeros(8, int), 3, implementation="mosaic")
