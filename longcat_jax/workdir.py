@@ -19,13 +19,17 @@ from longcat_jax.config import (
     read_json,
     to_mapping,
 )
+from longcat_jax.parallel import expert
 
 CONFIG = "config.json"
 DATA = "data"
 
 FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every")
 FREE += ("train.keep_last", "train.keep_best", "train.max_loss_rise", "data.prefetch", "mesh.")
-"""Keys that don't change what is learnt: a resumed run may set them anew."""
+FREE += ("train.accumulate", "train.remat", "parallel.")
+"""Keys that don't change what is learnt, but for selections that a capacity leaves out: a resumed
+run may set them anew.
+"""
 
 
 @contextlib.contextmanager
@@ -55,13 +59,17 @@ def claim(workdir: Path, config: Config) -> None:
     if not finished_steps(workdir):
         write_json(path, wanted)
         return
-    changed = differences(to_mapping(read_config(workdir)), wanted)
+    stored = read_config(workdir)
+    changed = differences(to_mapping(stored), wanted)
     refused = [line for line in changed if not line.startswith(FREE)]
     if refused:
         raise ConfigError(
             f"{workdir}: holds a run of another config ({'; '.join(refused)}); "
             "use another --workdir, or the config it was started with"
         )
+    before, now = (expert.described(one.parallel, one.mesh) for one in (stored, config))
+    if before != now:
+        print(f"experts: {now} from here on; {before} so far", flush=True)
     if changed:
         write_json(path, wanted)
 

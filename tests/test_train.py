@@ -19,7 +19,14 @@ import pytest
 
 from longcat_jax import data
 from longcat_jax.checkpoint import CheckpointError, Checkpoints, load
-from longcat_jax.config import Config, ConfigError, MeshConfig, from_mapping, to_mapping
+from longcat_jax.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    ParallelConfig,
+    from_mapping,
+    to_mapping,
+)
 from longcat_jax.metrics import read_metrics
 from longcat_jax.train import TrainingStopped, train
 from longcat_jax.workdir import claim, locked, read_config
@@ -312,6 +319,24 @@ def test_resumes_on_a_mesh_of_four_devices(corpus: Path, trained: Path, copied: 
         for workdir in (copied, trained)
     )
     np.testing.assert_allclose(losses, alone, rtol=1e-3)
+
+
+def test_how_a_step_is_computed_may_change_and_other_ways_to_experts_are_told(
+    corpus: Path, copied: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = job(corpus, accumulate=2, remat="full")
+    claim(copied, other)
+    assert capsys.readouterr().out == ""
+    gathered = dataclasses.replace(other, mesh=MeshConfig(expert=2))
+    claim(copied, gathered)
+    line = "experts: allgather, dropless from here on; dense, dropless so far\n"
+    assert capsys.readouterr().out == line
+    parallel = ParallelConfig(expert_backend="all_to_all", dropless=False, token_chunks=2)
+    limited = dataclasses.replace(gathered, parallel=parallel)
+    claim(copied, limited)
+    line = "experts: all_to_all, room for 1.5x from here on; allgather, dropless so far\n"
+    assert capsys.readouterr().out == line
+    assert read_config(copied) == limited
 
 
 def test_a_tuned_run_goes_on_when_its_base_has_gone(

@@ -25,7 +25,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from longcat_jax.config import ModelConfig, ParallelConfig
+from longcat_jax.config import MeshConfig, ModelConfig, ParallelConfig
 from longcat_jax.model.experts import real_experts
 from longcat_jax.sharding import (
     TOKENS,
@@ -150,6 +150,14 @@ def chosen(parallel: ParallelConfig, devices: int) -> tuple[str, bool]:
     if backend == "auto":
         backend = "all_to_all" if large else "allgather"
     return backend, not large if dropless is None else dropless
+
+
+def described(parallel: ParallelConfig, mesh: MeshConfig) -> str:
+    """How tokens reach experts on this mesh, in words."""
+    backend, dropless = chosen(parallel, mesh.expert)
+    if mesh.num_devices == 1 or backend == "dense":
+        return "dense, dropless"
+    return f"{backend}, " + ("dropless" if dropless else f"room for {parallel.capacity_factor:g}x")
 
 
 def mixture(
