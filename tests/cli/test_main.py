@@ -172,6 +172,6 @@ def test_every_command_has_its_file() -> None:
 
 
 def test_files_of_the_folder_are_commands_or_shared() -> None:
-    shared = {"__init__", "main", "config_file"}
+    shared = {"__init__", "main", "config_file", "placement"}
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
     assert files - shared <= set(cli.COMMANDS)
