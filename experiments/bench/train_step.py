@@ -25,6 +25,7 @@ from experiments.bench import step_profile, timing
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import Config
 from longcat_jax.model import count
+from longcat_jax.parallel.compiler import compiler_options
 from longcat_jax.sharding import batch_sharding, make_mesh
 from longcat_jax.train_step import compile_train_step, init_state
 
@@ -51,7 +52,7 @@ class Run:
     """A compiled train step with its state, and batches on the devices."""
 
     def __init__(self, config: Config) -> None:
-        mesh = make_mesh(config.mesh)
+        self.mesh = mesh = make_mesh(config.mesh)
         jax.set_mesh(mesh)
         batches = random_batches(config, 4)
         self.batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in batches]
@@ -100,7 +101,7 @@ def print_breakdown(run: Run, kernels: int) -> None:
     # A graph's kernels don't say which operation they are: they are told apart in a program that
     # launches one by one, and the gaps between them are those of the real one.
     idle = step_profile.idle(_profile(run)) / PROFILED
-    options = {"xla_gpu_enable_command_buffer": ""}
+    options = compiler_options(run.mesh) | {"xla_gpu_enable_command_buffer": ""}
     run.compiled = run.lowered.compile(compiler_options=options)
     jax.block_until_ready(run.step())
     found = _profile(run)

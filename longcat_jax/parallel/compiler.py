@@ -1,12 +1,15 @@
-"""Options with which XLA compiles programs for several GPUs.
-
-Both are needed for token chunks (parallel/expert.py): by default XLA joins the chunks' products
-into one, which then waits for all of the tokens, and keeps one collective in flight at a time.
-"""
+"""Options with which XLA compiles programs for GPUs."""
 
 from jax.sharding import Mesh
 
+KERNELS = {
+    # XLA would fuse a kernel with the write of its result into a layer stack, and run it once more
+    # for its other readers.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+}
 OVERLAP = {
+    # Both for token chunks (parallel/expert.py): by default XLA joins the chunks' products into
+    # one, which then waits for all of the tokens, and keeps one collective in flight at a time.
     "xla_gpu_dot_merger_threshold_mb": 0,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
 }
@@ -14,5 +17,6 @@ OVERLAP = {
 
 def compiler_options(mesh: Mesh) -> dict[str, int]:
     """What `jax.jit(compiler_options=...)` takes for programs on this mesh."""
-    several_gpus = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
-    return dict(OVERLAP) if several_gpus else {}
+    if mesh.devices.flat[0].platform != "gpu":
+        return {}
+    return KERNELS | OVERLAP if mesh.size > 1 else dict(KERNELS)
