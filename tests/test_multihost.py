@@ -379,6 +379,7 @@ def test_a_supervisor_between_two_starts_ends_at_sigterm(tmp_path: Path) -> None
     count = tmp_path / "starts"
     with supervised("sh", "-c", f"echo >> {count}; exit 3") as process:
         assert "status 3, starting again" in process.stderr.readline()
+        time.sleep(0.3)
         signalled = time.monotonic()
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)  # returns when the pause's own process has ended too

@@ -11,7 +11,8 @@ trap 'stopping=1; [ -n "$child" ] && kill -TERM "$child"' TERM INT
 run() {
     "$@" &
     child=$!
-    [ -n "$stopping" ] && kill -TERM "$child"
+    # A signal before there was a child; one that is still this shell's copy would swallow it.
+    [ -n "$stopping" ] && sleep 1 && kill -TERM "$child"
     wait "$child"
     result=$?
     # A trapped signal ends `wait` before the command has ended.
@@ -33,6 +34,6 @@ while :; do
     if [ $(($(date +%s) - started)) -lt 60 ]; then quick=$((quick + 1)); else quick=0; fi
     [ "$quick" -ge 3 ] && exit "$status"
     echo "supervise: status $status, starting again" >&2
-    run sleep 5
+    [ -n "$stopping" ] || run sleep 5
     [ -n "$stopping" ] && exit "$status"
 done
