@@ -3,7 +3,8 @@
 One JSON object a line, written by process 0: `event` is `start` (`step` it goes on from,
 `lost_steps` and `lost_seconds` of training done before that must be done again, `processes`),
 `save` (`step`, `stall_seconds` for which training stood) or `stop` (`step`, `reason`); `time` is
-seconds since 1970. A process that was killed leaves no `stop`.
+seconds since 1970. A killed process 0 leaves no `stop`; another process' error may leave none, or
+one of a broken connection.
 """
 
 import json
