@@ -4,10 +4,10 @@ Every process runs the same program on its own devices. What one of them must do
 say things) process 0 does; without `joined` there is one process, and everything here is trivial.
 
 How a job ends: an error in one process is told by that process alone, and ends the others within
-seconds (one of JAX itself in half a minute). A process that vanishes is missed by JAX's coordination service after HEARTBEAT_SECONDS (at
-once if it was process 0, which holds that service); the service then aborts every other process,
-and last_words.py makes one line of what it says. SIGTERM at any process is a notice to all: they
-stop at the same step, with a checkpoint.
+seconds (one of JAX itself in half a minute). A process that vanishes is missed by JAX's
+coordination service after HEARTBEAT_SECONDS (at once if it was process 0, which holds that
+service); the service then aborts every other process, and last_words.py makes one line of what it
+says. SIGTERM at any process is a notice to all: they stop at the same step, with a checkpoint.
 """
 
 import atexit
