@@ -22,8 +22,6 @@ from experiments.bench import timing
 from pallas_kernels import flash_mla
 from pallas_kernels.flash_mla import shapes
 
-REPEATS = 100
-
 
 class Operands(NamedTuple):
     """Normal numbers in bfloat16; `rope` is the part of the keys that all heads share."""
@@ -149,25 +147,6 @@ def _torch_passes(args: tuple[Any, ...], dout: jax.Array, scale: float) -> dict[
     return runs
 
 
-def _repeatable(run: Callable[[], Any]) -> bool:
-    """Whether REPEATS runs give the same bits, a third of them beside another kernel's load."""
-    other = jax.jit(lambda x: x @ x.T)
-    noise = jnp.ones((4096, 4096), jnp.bfloat16)
-
-    @jax.jit
-    def same(first: Any, second: Any) -> jax.Array:
-        pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-        return jnp.all(jnp.array([jnp.array_equal(a, b) for a, b in pairs]))
-
-    first = run()
-    for i in range(REPEATS):
-        if i % 3 == 0:
-            other(noise)
-        if not bool(same(first, run())):
-            return False
-    return True
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _exact(shape: shapes.Shape, x: Operands) -> tuple[jax.Array, ...]:
     """Output and gradients in float32, a head at a time: out, dq, dk with the rope part, dv."""
@@ -231,7 +210,7 @@ def bench_whole(rounds: int) -> None:
             want = (*exact[:2], exact[2][..., : dk[0].shape[3]], exact[3])
             pairs = zip((out, dq, dk[0], dv), want, strict=True)
             cells.append(" ".join(f"{_norm_error(a, b):.1e}" for a, b in pairs))
-            cells.append(str(_repeatable(results[name])))
+            cells.append(str(timing.repeatable(results[name])))
         else:
             cells += ["", ""]
         rows[name] = cells

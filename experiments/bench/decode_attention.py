@@ -25,7 +25,6 @@ from pallas_kernels.mla_decode import shapes
 
 SCALE = 192**-0.5
 PAGE = 64
-REPEATS = 100
 OPERANDS_BYTES = 6e8  # of all operand sets together, at least
 CHECKED_ENTRIES = 1024
 
@@ -126,21 +125,10 @@ def bench(shape: shapes.Shape, compiled: Mapping[str, Any], rounds: int) -> None
             rate = copied if name == "copy" else _cache_bytes(shape, lengths) / s
             rows[name] = [f"{1e6 * s:.0f}", f"{rate / 1e12:.2f}", f"{rate / copied:.2f}"]
         timing.table(f"{tuple(shape)}, {case}", ["us", "TB/s", "x copy"], rows)
-        print(f"{REPEATS} runs bit-equal: {_repeatable(compiled['ours'], args)}", flush=True)
-
-
-def _repeatable(compiled: Any, args: tuple[Any, ...]) -> bool:
-    """Whether REPEATS runs give the same bits, before some of them another program ran."""
-    other = jax.jit(lambda x: x @ x.T)
-    noise = jnp.ones((4096, 4096), jnp.bfloat16)
-    same = jax.jit(lambda first, second: jnp.array_equal(first, second))
-    first = compiled(*args)[0]
-    equal = []
-    for i in range(REPEATS):
-        if i % 3 == 0:
-            other(noise)
-        equal.append(same(first, compiled(*args)[0]))
-    return all(map(bool, equal))
+        print(
+            f"{timing.REPEATS} runs bit-equal: {timing.repeatable(compiled['ours'], *args)}",
+            flush=True,
+        )
 
 
 def errors() -> None:

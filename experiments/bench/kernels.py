@@ -33,7 +33,6 @@ from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
 
 SETS = 3
-REPEATS = 100
 mosaic_gemm = functools.partial(grouped_gemm, implementation="mosaic")
 # Our kernels: Hopper's, and those for GPUs before it where the extra [triton] is installed.
 KINDS = {"ours": "mosaic"}
@@ -127,28 +126,6 @@ def _error(shape: grouped_shapes.Shape, arrays: tuple[Any, ...], sizes: np.ndarr
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def _repeatable(compiled: Any, args: tuple[Any, ...]) -> bool:
-    """Whether REPEATS runs give the same bits; before some of them another program ran."""
-    other = jax.jit(lambda x: x @ x.T)
-    noise = jnp.ones((4096, 4096), jnp.bfloat16)
-
-    @jax.jit
-    def same(first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
-        def bits(x: jax.Array) -> jax.Array:
-            return x.view(f"uint{8 * x.dtype.itemsize}")
-
-        pairs = zip(first, second, strict=True)
-        return jnp.all(jnp.array([jnp.array_equal(bits(a), bits(b)) for a, b in pairs]))
-
-    first = jax.tree.leaves(compiled(*args))
-    for i in range(REPEATS):
-        if i % 3 == 0:
-            other(noise)
-        if not bool(same(first, jax.tree.leaves(compiled(*args)))):
-            return False
-    return True
-
-
 def bench_grouped(rounds: int) -> None:
     """The four shapes, three passes each: TFLOP/s of useful work, and ratios of ours."""
     for shape in grouped_shapes.PRODUCTION:
@@ -178,9 +155,13 @@ def bench_grouped(rounds: int) -> None:
             rate = f"{flops / seconds[name] / 1e12:.0f}"
             lines[name] = [rate, versus, f"{dense / seconds[name]:.2f}"]
         timing.table(str(tuple(shape)), ["TFLOP/s", "x torch", "x dense"], lines)
-        bits = {n: _repeatable(c, args) for n, c in compiled.items() if n.split(", ")[-1] in KINDS}
+        bits = {
+            n: timing.repeatable(c, *args)
+            for n, c in compiled.items()
+            if n.split(", ")[-1] in KINDS
+        }
         error = _error(shape, sets[0], sizes)
-        print(f"error {error:.1e}; {REPEATS} runs bit-equal: {all(bits.values())} {bits}")
+        print(f"error {error:.1e}; {timing.REPEATS} runs bit-equal: {all(bits.values())} {bits}")
 
 
 def bench_skew(rounds: int) -> None:
@@ -234,10 +215,10 @@ def bench_accumulate(rounds: int) -> None:
         contenders = {n: timing.jax_contender(c, args, SETS) for n, c in compiled.items()}
         seconds = timing.medians(contenders, rounds=rounds)
         cells = {
-            name: [f"{1e3 * s:.3f}", str(_repeatable(compiled[name], args))]
+            name: [f"{1e3 * s:.3f}", str(timing.repeatable(compiled[name], *args))]
             for name, s in seconds.items()
         }
-        header = ["ms", f"{REPEATS} runs bit-equal"]
+        header = ["ms", f"{timing.REPEATS} runs bit-equal"]
         timing.table(f"sum of weight gradients, {tuple(shape)}", header, cells)
 
 
@@ -336,9 +317,9 @@ def bench_scatter(rounds: int) -> None:
         compiled = timing.compile_all(functions | {"XLA atomics": (atomics, args)})
         contenders = {n: timing.jax_contender(c, args, 1) for n, c in compiled.items()}
         seconds = timing.medians(contenders, rounds=rounds)
-        equal = all(_repeatable(compiled[n], args) for n in KINDS)
+        equal = all(timing.repeatable(compiled[n], *args) for n in KINDS)
         rows[name] = [*(f"{1e3 * seconds[n]:.3f}" for n in contenders), str(equal)]
-    timing.table("scatter-add, ms", [*contenders, f"{REPEATS} runs bit-equal"], rows)
+    timing.table("scatter-add, ms", [*contenders, f"{timing.REPEATS} runs bit-equal"], rows)
 
 
 def _dispatch(name: str) -> Callable[..., Any]:
@@ -405,9 +386,9 @@ def bench_gather(rounds: int) -> None:
             moved = 2 * width * (sweeps * rows + (tokens if sweeps == 1 else 0))
             distinct = 2 * width * (rows * (2 if name == "combine, gradient" else 1) + tokens)
             rates = [f"{n / seconds / 1e12:.2f}" for n in (moved, distinct)]
-            equal = str(_repeatable(compiled[name], args))
+            equal = str(timing.repeatable(compiled[name], *args))
             cells[name] = [f"{1e3 * seconds:.3f}", *rates, equal]
-        header = ["ms", "TB/s", "TB/s, once", f"{REPEATS} runs bit-equal"]
+        header = ["ms", "TB/s", "TB/s, once", f"{timing.REPEATS} runs bit-equal"]
         timing.table(str(tuple(shape)), header, cells)
 
 

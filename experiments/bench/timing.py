@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+REPEATS = 100  # runs that must agree
 
 
 class Contender(NamedTuple):
@@ -60,6 +63,28 @@ def medians(
             times[name].append((time.perf_counter() - start) / calls[name] / operations)
             del result
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def repeatable(run: Callable[..., Any], *args: Any) -> bool:
+    """Whether REPEATS runs give the same bits; before some of them another program ran."""
+    other = jax.jit(lambda x: x @ x.T)
+    noise = jnp.ones((4096, 4096), jnp.bfloat16)
+
+    @jax.jit
+    def same(first: Any, second: Any) -> jax.Array:
+        def bits(x: jax.Array) -> jax.Array:
+            return x.view(f"uint{8 * x.dtype.itemsize}")
+
+        pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+        return jnp.all(jnp.array([jnp.array_equal(bits(a), bits(b)) for a, b in pairs]))
+
+    first = run(*args)
+    for i in range(REPEATS):
+        if i % 3 == 0:
+            other(noise)
+        if not bool(same(first, run(*args))):
+            return False
+    return True
 
 
 def table(title: str, header: list[str], rows: Mapping[str, list[str]]) -> None:
