@@ -33,10 +33,7 @@ def random_model(config: ModelConfig) -> longcat.Model:
 
     @jax.jit
     def make(key: jax.Array) -> longcat.Params:
-        params = unbox(longcat.init(config, key))
-        rest = {name: tree for name, tree in params.items() if name != "layers"}
-        cast = jax.tree.map(lambda w: w.astype(config.dtype), rest)
-        return {**cast, "layers": longcat.working_layers(params, config)}
+        return longcat.working_params(unbox(longcat.init(config, key)), config)
 
     return longcat.Model(config, make(jax.random.key(0)))
 

@@ -78,13 +78,6 @@ class LoopState:
     logprobs_BN: jax.Array
 
 
-def _compute_params(params: Params, config: ModelConfig) -> Params:
-    """Parameters as the forward pass uses them, so that no step converts them anew."""
-    rest = {name: tree for name, tree in params.items() if name != "layers"}
-    cast = jax.tree.map(lambda w: w.astype(config.dtype), rest)
-    return {**cast, "layers": longcat.working_layers(params, config)}
-
-
 def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState:
     """Chooses every row's next token."""
     keys_B = row_keys(inputs.seeds_B, state.cache.lengths_B)
@@ -107,7 +100,7 @@ def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
 def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: int) -> LoopState:
     """The program: prefill, then a token per row and step until all have ended."""
-    params = _compute_params(params, config)
+    params = longcat.working_params(params, config)  # once, not in every step
     B, T = inputs.prompts.tokens_BT.shape
     capacity = -(-(T + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     hidden_BTD, cache = prefill(params, config, inputs.prompts, capacity=capacity)

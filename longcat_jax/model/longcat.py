@@ -132,6 +132,13 @@ def working_layers(params: Params, config: ModelConfig) -> Params:
     return {**cast, "mlp": {**cast["mlp"], "router": router}}
 
 
+def working_params(params: Params, config: ModelConfig) -> Params:
+    """All parameters as the forward pass uses them, for loops that run it often."""
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    cast = jax.tree.map(lambda w: w.astype(config.dtype), rest)
+    return {**cast, "layers": working_layers(params, config)}
+
+
 def trunk(
     params: Params,
     config: ModelConfig,
