@@ -5,6 +5,8 @@ Indices are int32 and not negative; those past the end stand for no row.
 T tokens, K selections per token, R routed rows, D width.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -70,23 +72,27 @@ def _combine_backward(
 gather_combine.defvjp(_combine_forward, _combine_backward)
 
 
-@jax.custom_vjp
-def gather_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """The public operator, arguments already checked."""
-    del slots_TK
-    return _take(x_TD, token_of_row_R)
+def with_gradient(copy_rows: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
+    """gather_rows(x_TD, token_of_row_R, slots_TK), arguments already checked, from a function of
+    the first two. Its gradient is a combine with unit weights.
+    """
+
+    @jax.custom_vjp
+    def gather_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
+        del slots_TK
+        return copy_rows(x_TD, token_of_row_R)
+
+    def forward(
+        x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return copy_rows(x_TD, token_of_row_R), slots_TK
+
+    def backward(slots_TK: jax.Array, drows_RD: jax.Array) -> tuple[jax.Array, None, None]:
+        ones_TK = jnp.ones(slots_TK.shape, accumulation_dtype(drows_RD.dtype))
+        return _combine(drows_RD, slots_TK, ones_TK), None, None
+
+    gather_rows.defvjp(forward, backward)
+    return gather_rows
 
 
-def _rows_forward(
-    x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return gather_rows(x_TD, token_of_row_R, slots_TK), slots_TK
-
-
-def rows_backward(slots_TK: jax.Array, drows_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    """The gradient of gather_rows: a combine with unit weights."""
-    ones_TK = jnp.ones(slots_TK.shape, accumulation_dtype(drows_RD.dtype))
-    return _combine(drows_RD, slots_TK, ones_TK), None, None
-
-
-gather_rows.defvjp(_rows_forward, rows_backward)
+gather_rows = with_gradient(_take)

@@ -45,17 +45,4 @@ def copy_rows(x_TD: jax.Array, token_of_row_R: jax.Array) -> jax.Array:
     )
 
 
-@jax.custom_vjp
-def gather_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """The public operator, arguments already checked."""
-    del slots_TK
-    return copy_rows(x_TD, token_of_row_R)
-
-
-def _rows_forward(
-    x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return copy_rows(x_TD, token_of_row_R), slots_TK
-
-
-gather_rows.defvjp(_rows_forward, reference.rows_backward)
+gather_rows = reference.with_gradient(copy_rows)
