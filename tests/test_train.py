@@ -135,10 +135,11 @@ def start(
     raise AssertionError(f"ended early with {process.wait()}")
 
 
-def test_killed_three_times_equals_uninterrupted(
-    corpus: Path, trained: Path, tmp_path: Path, quick_compilation: dict[str, str]
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_uninterrupted(
+    times: int, corpus: Path, trained: Path, tmp_path: Path, quick_compilation: dict[str, str]
 ) -> None:
-    moments = sorted(random.SystemRandom().sample(range(2, 56), 3))
+    moments = sorted(random.SystemRandom().sample(range(2, 56), times))
     print("killed at steps", moments)
     for moment in moments:
         process = start(tmp_path / "killed", job(corpus), quick_compilation, until=moment)
@@ -311,6 +312,8 @@ def test_fine_tuning_starts_from_a_checkpoint_and_refuses_another_shape(
         train(wider, tmp_path / "wider")
 
 
+# Of the quick tests, test_multihost.py resumes on another mesh.
+@pytest.mark.slow
 def test_resumes_on_a_mesh_of_four_devices(corpus: Path, trained: Path, copied: Path) -> None:
     back_to(copied, 50)
     train(dataclasses.replace(job(corpus), mesh=MeshConfig(data=2, fsdp=2)), copied)
