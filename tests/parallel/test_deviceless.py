@@ -19,11 +19,7 @@ LARGE = 16e6  # bytes: hidden states, not their gates and ids
     reason="compiles for H100 without one: needs pip install 'longcat_jax[aot]'",
 )
 def test_dispatch_and_combine_hide_behind_products() -> None:
-    """All ways there and back of the forward pass, and most of the backward pass.
-
-    What is left is the gradient of dispatch: only the experts' weight gradients could run beside
-    it, and XLA, which takes kernels for instantaneous, puts them elsewhere.
-    """
+    """All ways there and back, forward and backward, beside products that take at least as long."""
     run = [sys.executable, "-m", "tests.parallel.deviceless"]
     result = subprocess.run(run, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -38,9 +34,7 @@ def test_dispatch_and_combine_hide_behind_products() -> None:
     large = [one for one in exchanges if one["payload"] > LARGE]
     assert sum(one["times"] for one in large) == layers * chunks * 5
     assert all(one["asynchronous"] for one in large)
-    waits = [one for one in large if one["products"] / PRODUCTS < one["received"] / LINK]
-    assert all(one["backward"] for one in waits)
-    assert sum(one["times"] for one in waits) <= layers * chunks
+    assert all(one["products"] / PRODUCTS >= one["received"] / LINK for one in large)
     # At capacity factor 1 a token travels K_e = 8 times of K = 12.
     slots = 8192 // chunks * 12 * 6144 * 2
     assert {one["payload"] for one in large} == {slots * 8 // 12}
