@@ -8,7 +8,7 @@ best one for the platform; a named one is used or refused with a ValueError, nev
 
 from pallas_kernels._common import RESULT
 from pallas_kernels.flash_mla import flash_mla
-from pallas_kernels.gather_combine import gather_combine, gather_rows
+from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_sum
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.scatter_add import scatter_add
@@ -18,6 +18,7 @@ __all__ = [
     "flash_mla",
     "gather_combine",
     "gather_rows",
+    "gather_sum",
     "grouped_gemm",
     "grouped_gemm_weight_gradient",
     "mla_decode",

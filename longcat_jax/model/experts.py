@@ -1,7 +1,9 @@
 """The real experts' arithmetic on one device: rows in order of expert, two grouped products, sum.
 
 Gathers only, in both directions: rows are summed back through the inverse permutation in the order
-of the selections.
+of the selections. A gate scales its row between the two products, where it is narrow and where its
+gradient is found without the rows' results: neither direction keeps or weighs rows as wide as the
+model.
 
 T tokens, D model, X experts here, F expert width, K selections, R rows of the grouped GEMM.
 """
@@ -11,15 +13,15 @@ import jax.numpy as jnp
 from flax import struct
 
 from longcat_jax.model.remat import keep
-from pallas_kernels import gather_combine, gather_rows, grouped_gemm
+from pallas_kernels import gather_rows, gather_sum, grouped_gemm
 
 
 @struct.dataclass
 class Permutation:
     """Order of the computed (token, selection) slots by expert."""
 
-    token_of_row_R: jax.Array
-    """T for rows that stay empty: they are not read."""
+    slot_of_row_R: jax.Array
+    """t * K + k; T * K for rows that stay empty: they are not read."""
     row_of_slot_TK: jax.Array
     """R for slots that have no row."""
     group_sizes_X: jax.Array
@@ -47,7 +49,7 @@ def permute_by_expert(experts_TK: jax.Array, num_experts: int, num_rows: int) ->
     row_R = place_S[:num_rows]
     slot_of_row_R = jnp.where(row_R < ends_X[-1], order_S[:num_rows], slots)
     row_of_slot = jnp.full(slots, num_rows, jnp.int32).at[slot_of_row_R].set(row_R, mode="drop")
-    order = slot_of_row_R // K, row_of_slot.reshape(T, K), jnp.diff(ends_X, prepend=0)
+    order = slot_of_row_R, row_of_slot.reshape(T, K), jnp.diff(ends_X, prepend=0)
     return Permutation(*map(keep, order))  # small, and made by a sort
 
 
@@ -75,8 +77,17 @@ def real_experts(
     most = T * min(K, num_experts)
     num_rows = most if num_rows is None else min(num_rows, most)
     order = permute_by_expert(experts_TK, num_experts, num_rows)
-    rows_RD = gather_rows(x_TD, order.token_of_row_R, order.row_of_slot_TK)
+    token_of_row_R = order.slot_of_row_R // K
+    rows_RD = gather_rows(x_TD, token_of_row_R, order.row_of_slot_TK)
     wide_RF = keep(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X))
     gate_RF, up_RF = jnp.split(wide_RF, 2, axis=-1)
-    rows_RD = keep(grouped_gemm(jax.nn.silu(gate_RF) * up_RF, down_XFD, order.group_sizes_X))
-    return gather_combine(rows_RD, order.row_of_slot_TK, gates_TK)
+    narrow_RF = _scaled(jax.nn.silu(gate_RF) * up_RF, gates_TK, order)
+    rows_RD = grouped_gemm(narrow_RF, down_XFD, order.group_sizes_X)
+    return gather_sum(rows_RD, token_of_row_R, order.row_of_slot_TK)
+
+
+def _scaled(rows_RF: jax.Array, gates_TK: jax.Array, order: Permutation) -> jax.Array:
+    """Rows times their gates."""
+    slots = gates_TK.reshape(-1, 1), order.slot_of_row_R, order.row_of_slot_TK.reshape(-1, 1)
+    gates_R1 = gather_rows(*slots, implementation="reference")  # numbers, not rows
+    return (rows_RF.astype(gates_R1.dtype) * gates_R1).astype(rows_RF.dtype)

@@ -37,7 +37,7 @@ from longcat_jax.sharding import (
     several_devices,
     sum_over_tokens,
 )
-from pallas_kernels import gather_combine, gather_rows
+from pallas_kernels import gather_rows, gather_sum
 
 AXIS = "expert"
 LARGE = 16
@@ -130,8 +130,7 @@ def _all_to_all(tokens: Selected, weights: Weights, capacity: int | None) -> tup
         _exchange(experts_TK[token_of_place_M]),  # empty places select nobody
     )
     sums_MD, left_out = _compute(received, weights, capacity)
-    ones_TK = jnp.ones((T, K), tokens.gates_TK.dtype)
-    return gather_combine(_exchange(sums_MD), slots_TK, ones_TK), left_out + not_sent
+    return gather_sum(_exchange(sums_MD), token_of_place_M, slots_TK), left_out + not_sent
 
 
 EXCHANGES = {"allgather": _allgather, "all_to_all": _all_to_all}

@@ -147,13 +147,13 @@ def _kept_values(job: Job) -> int:
         return job.tokens * m.hidden_size
     router = 2 * m.num_router_outputs  # float32
     token = 4 * m.hidden_size + 2 * _attention_values(m)[0] + 4 * m.ffn_hidden_size + router
-    return job.tokens * token + job.rows * (2 * m.expert_ffn_hidden_size + m.hidden_size)
+    return job.tokens * token + job.rows * 2 * m.expert_ffn_hidden_size
 
 
 def _mixture_values(job: Job) -> int:
     """Values of a micro-batch between dispatch and combine on one device."""
     m = job.model
-    rows = job.rows * (2 * m.hidden_size + 3 * m.expert_ffn_hidden_size)
+    rows = job.rows * (m.hidden_size + 4 * m.expert_ffn_hidden_size)
     return rows + 2 * job.received * m.hidden_size
 
 

@@ -1,8 +1,7 @@
-"""Dispatch and combine of the MoE as gathers: rows of tokens out, weighted rows of experts back.
+"""Dispatch and combine of the MoE as gathers: rows of tokens out, sums of experts' rows back.
 
 T tokens, K selections per token, R routed rows, D width. `slots_TK` says in which row selection k
-of token t stands, `token_of_row_R` is its inverse. Both gradients are gathers through the other
-one.
+of token t stands, `token_of_row_R` is its inverse. All gradients are gathers through the other one.
 """
 
 import jax
@@ -17,10 +16,10 @@ _MOSAIC_MULTIPLE = 128  # of the width
 _MOSAIC_WIDEST = 16384  # the rows in flight must fit into shared memory
 
 
-def _mosaic_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
+def _mosaic() -> reference.Transposes:
     from pallas_kernels.gather_combine import mosaic  # Pallas is only imported where it is used
 
-    return mosaic.gather_rows(x_TD, token_of_row_R, slots_TK)
+    return mosaic.TRANSPOSES
 
 
 def _mosaic_misfit(x_TD: jax.Array) -> str:
@@ -34,10 +33,10 @@ def _mosaic_misfit(x_TD: jax.Array) -> str:
     )
 
 
-def _triton_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
+def _triton() -> reference.Transposes:
     from pallas_kernels.gather_combine import triton  # needs the extra [triton]
 
-    return triton.gather_rows(x_TD, token_of_row_R, slots_TK)
+    return triton.TRANSPOSES
 
 
 def _triton_misfit(x_TD: jax.Array) -> str:
@@ -51,10 +50,10 @@ def _triton_misfit(x_TD: jax.Array) -> str:
 
 # A Mosaic kernel for combine's gradient was no faster than XLA's (experiments/LOG.md).
 _COMBINE = {"reference": _common.Implementation(reference.gather_combine)}
-_ROWS = {
-    "reference": _common.Implementation(reference.gather_rows),
-    "mosaic": _common.Implementation(_mosaic_rows, _mosaic_misfit),
-    "triton": _common.Implementation(_triton_rows, _triton_misfit),
+_TRANSPOSES = {
+    "reference": _common.Implementation(lambda: reference.TRANSPOSES),
+    "mosaic": _common.Implementation(_mosaic, _mosaic_misfit),
+    "triton": _common.Implementation(_triton, _triton_misfit),
 }
 
 
@@ -125,19 +124,64 @@ def gather_rows(
       ValueError: shapes or dtypes don't fit, or the implementation is not available.
     """
     name = "gather_rows"
-    _common.require_rank(name, 2, x_TD=x_TD, slots_TK=slots_TK)
-    _common.require_rank(name, 1, token_of_row_R=token_of_row_R)
-    _common.require_float(name, x_TD=x_TD)
-    _common.require_integer(name, token_of_row_R=token_of_row_R, slots_TK=slots_TK)
+    _require_indices(name, token_of_row_R, slots_TK, x_TD=x_TD)
     _common.require(
         slots_TK.shape[0] == x_TD.shape[0],
         f"{name}: slots_TK has {slots_TK.shape[0]} tokens, x_TD {x_TD.shape[0]}",
     )
-    run = _common.choose(name, implementation, _ROWS, x_TD)
-    num_tokens, num_rows = x_TD.shape[0], token_of_row_R.shape[0]
-    if x_TD.size == 0 or num_rows == 0:
-        shape = num_rows, x_TD.shape[1]
+    run = _common.choose(name, implementation, _TRANSPOSES, x_TD)().gather_rows
+    if x_TD.size == 0 or token_of_row_R.size == 0:
+        shape = token_of_row_R.shape[0], x_TD.shape[1]
         return _common.zeros_varying(shape, x_TD.dtype, x_TD, token_of_row_R, slots_TK)
-    token_of_row_R = _common.bounded(token_of_row_R, num_tokens)
-    slots_TK = _common.bounded(slots_TK, num_rows)
-    return run(*_common.vary_together(x_TD, token_of_row_R, slots_TK))
+    indices = _bounded(token_of_row_R, slots_TK)
+    return run(*_common.vary_together(x_TD, *indices))
+
+
+def gather_sum(
+    values_RD: jax.Array,
+    token_of_row_R: jax.Array,
+    slots_TK: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """out[t] = sum over k, in order, of values[slots[t, k]]: the transpose of `gather_rows`, whose
+    copy of rows is its gradient.
+
+    Args:
+      values_RD: rows; sums run in float32 at least.
+      token_of_row_R: as for `gather_rows`; used by the gradient only.
+      slots_TK: as for `gather_rows`.
+      implementation: as for `gather_rows`; of the gradient, XLA sums.
+
+    Returns:
+      [T, D] in the dtype of values.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the implementation is not available.
+    """
+    name = "gather_sum"
+    _require_indices(name, token_of_row_R, slots_TK, values_RD=values_RD)
+    rows, (num_rows, width) = token_of_row_R.shape[0], values_RD.shape
+    _common.require(
+        rows == num_rows, f"{name}: token_of_row_R has {rows} rows, values_RD {num_rows}"
+    )
+    run = _common.choose(name, implementation, _TRANSPOSES, values_RD)().gather_sum
+    if values_RD.size == 0 or slots_TK.size == 0:
+        shape = slots_TK.shape[0], width
+        return _common.zeros_varying(shape, values_RD.dtype, values_RD, token_of_row_R, slots_TK)
+    indices = _bounded(token_of_row_R, slots_TK)
+    return run(*_common.vary_together(values_RD, *indices))
+
+
+def _require_indices(
+    name: str, token_of_row_R: jax.Array, slots_TK: jax.Array, **floats: jax.Array
+) -> None:
+    _common.require_rank(name, 2, **floats, slots_TK=slots_TK)
+    _common.require_rank(name, 1, token_of_row_R=token_of_row_R)
+    _common.require_float(name, **floats)
+    _common.require_integer(name, token_of_row_R=token_of_row_R, slots_TK=slots_TK)
+
+
+def _bounded(token_of_row_R: jax.Array, slots_TK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    num_tokens, num_rows = slots_TK.shape[0], token_of_row_R.shape[0]
+    return _common.bounded(token_of_row_R, num_tokens), _common.bounded(slots_TK, num_rows)

@@ -1,7 +1,6 @@
 """Dispatch for Hopper: rows gathered by index at the speed of a copy.
 
-The other directions are the reference's: combine, its gradient and the gradient of dispatch run at
-that speed in XLA's own kernels.
+The other direction is the reference's: sums of gathered rows run at that speed in XLA's kernels.
 
 T tokens, R routed rows; a width of D columns is seen as D / 128 lines of 128.
 """
@@ -102,4 +101,4 @@ def copy_rows(x_TD: jax.Array, token_of_row_R: jax.Array) -> jax.Array:
     return out.reshape(num_rows, width)
 
 
-gather_rows = reference.with_gradient(copy_rows)
+TRANSPOSES = reference.transposes(copy_rows)

@@ -6,6 +6,7 @@ T tokens, K selections per token, R routed rows, D width.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,27 +73,46 @@ def _combine_backward(
 gather_combine.defvjp(_combine_forward, _combine_backward)
 
 
-def with_gradient(copy_rows: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
-    """gather_rows(x_TD, token_of_row_R, slots_TK), arguments already checked, from a function of
-    the first two. Its gradient is a combine with unit weights.
+class Transposes(NamedTuple):
+    """Rows out and sums back, each the other's gradient; arguments already checked.
+
+    Attributes:
+      gather_rows: (x_TD, token_of_row_R, slots_TK) -> [R, D].
+      gather_sum: (values_RD, token_of_row_R, slots_TK) -> [T, D].
     """
+
+    gather_rows: Callable
+    gather_sum: Callable
+
+
+def transposes(copy_rows: Callable[[jax.Array, jax.Array], jax.Array]) -> Transposes:
+    """Both from a function (x_TD, token_of_row_R) -> x[token_of_row]; XLA sums."""
+
+    def add_rows(values_RD: jax.Array, slots_TK: jax.Array) -> jax.Array:
+        ones_TK = jnp.ones(slots_TK.shape, accumulation_dtype(values_RD.dtype))
+        return _combine(values_RD, slots_TK, ones_TK)
 
     @jax.custom_vjp
     def gather_rows(x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array) -> jax.Array:
         del slots_TK
         return copy_rows(x_TD, token_of_row_R)
 
-    def forward(
-        x_TD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return copy_rows(x_TD, token_of_row_R), slots_TK
+    @jax.custom_vjp
+    def gather_sum(
+        values_RD: jax.Array, token_of_row_R: jax.Array, slots_TK: jax.Array
+    ) -> jax.Array:
+        del token_of_row_R
+        return add_rows(values_RD, slots_TK)
 
-    def backward(slots_TK: jax.Array, drows_RD: jax.Array) -> tuple[jax.Array, None, None]:
-        ones_TK = jnp.ones(slots_TK.shape, accumulation_dtype(drows_RD.dtype))
-        return _combine(drows_RD, slots_TK, ones_TK), None, None
+    gather_rows.defvjp(
+        lambda x_TD, token_of_row_R, slots_TK: (copy_rows(x_TD, token_of_row_R), slots_TK),
+        lambda slots_TK, drows_RD: (add_rows(drows_RD, slots_TK), None, None),
+    )
+    gather_sum.defvjp(
+        lambda values_RD, token_of_row_R, slots_TK: (add_rows(values_RD, slots_TK), token_of_row_R),
+        lambda token_of_row_R, dout_TD: (copy_rows(dout_TD, token_of_row_R), None, None),
+    )
+    return Transposes(gather_rows, gather_sum)
 
-    gather_rows.defvjp(forward, backward)
-    return gather_rows
 
-
-gather_rows = with_gradient(_take)
+TRANSPOSES = transposes(_take)

@@ -1,6 +1,6 @@
 """Dispatch for GPUs before Hopper: rows gathered by index at the speed of a copy.
 
-The other directions are the reference's, as for Hopper.
+The other direction is the reference's, as for Hopper.
 
 T tokens, R routed rows, D width.
 """
@@ -45,4 +45,4 @@ def copy_rows(x_TD: jax.Array, token_of_row_R: jax.Array) -> jax.Array:
     )
 
 
-gather_rows = reference.with_gradient(copy_rows)
+TRANSPOSES = reference.transposes(copy_rows)

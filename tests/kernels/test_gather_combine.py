@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gather_combine, gather_rows
+from pallas_kernels import gather_combine, gather_rows, gather_sum
 from tests.kernels import helpers
 
 TOKENS, SELECTED, ROWS, WIDTH = 37, 3, 130, 20
@@ -43,6 +43,12 @@ def combine_and_gradients(values, slots, weights, dout):
 def rows_and_gradient(x, token_of_row, slots, drows):
     rows, vjp = jax.vjp(lambda x: gather_rows(x, token_of_row, slots), x)
     return rows, *vjp(drows)
+
+
+@jax.jit
+def sum_and_gradient(values, token_of_row, slots, dout):
+    out, vjp = jax.vjp(lambda values: gather_sum(values, token_of_row, slots), values)
+    return out, *vjp(dout)
 
 
 def combine_operands(dtype, seed=1):
@@ -87,6 +93,18 @@ def test_rows_equal_naive(dtype):
         assert helpers.relative_error(dx, expected_dx) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rows_and_sum_are_each_other_s_gradient(dtype):
+    with helpers.strict_types():
+        rng = np.random.default_rng(2)
+        slots, token_of_row = routing()
+        x = jnp.asarray(helpers.values_of_many_magnitudes(rng, TOKENS, WIDTH), dtype)
+        rows = jnp.asarray(helpers.values_of_many_magnitudes(rng, ROWS, WIDTH), dtype)
+        gathered = rows_and_gradient(x, token_of_row, slots, rows)
+        added = sum_and_gradient(rows, token_of_row, slots, x)
+        assert helpers.same_bits(added, gathered[::-1])
+
+
 def test_sums_run_in_the_order_of_the_selections():
     """1e8 + 1 - 1e8 in float32 is 0 from left to right, 1 in other orders."""
     values = jnp.asarray([[1.0], [-1e8], [1e8]])
@@ -106,6 +124,8 @@ def test_no_float_scatter():
     slots, token_of_row = routing()
     rows_args = (jnp.ones((TOKENS, WIDTH)), token_of_row, slots, jnp.ones((ROWS, WIDTH)))
     assert not helpers.float_scatters(rows_and_gradient, *rows_args)
+    sum_args = (rows_args[3], token_of_row, slots, rows_args[0])
+    assert not helpers.float_scatters(sum_and_gradient, *sum_args)
 
 
 def test_the_search_finds_a_float_scatter():
@@ -139,6 +159,11 @@ def test_rows_refuses_slots_of_other_tokens():
         gather_rows(jnp.zeros((4, 5)), jnp.zeros(6, int), jnp.zeros((3, 2), int))
 
 
+def test_sum_refuses_another_number_of_rows():
+    with pytest.raises(ValueError, match="token_of_row_R has 6 rows, values_RD 4"):
+        gather_sum(jnp.zeros((4, 5)), jnp.zeros(6, int), jnp.zeros((3, 2), int))
+
+
 @pytest.mark.parametrize("dtype, rows, outside", helpers.INDEX_DTYPES)
 def test_indices_of_every_integer_dtype(dtype, rows, outside):
     rng = np.random.default_rng(7)
@@ -154,7 +179,8 @@ def test_indices_of_every_integer_dtype(dtype, rows, outside):
 
     def run(slots, token_of_row):
         combined = combine_and_gradients(drows, slots, weights, x)
-        return *combined, *rows_and_gradient(x, token_of_row, slots, drows)
+        added = sum_and_gradient(drows, token_of_row, slots, x)
+        return *combined, *added, *rows_and_gradient(x, token_of_row, slots, drows)
 
     def cast(index, dtype):
         return jnp.asarray(index.astype(dtype))
@@ -179,8 +205,9 @@ def test_empty_operands(tokens, selected, rows, width):
     assert dweights.shape == weights.shape
     x, token_of_row = jnp.ones((tokens, width)), jnp.full(rows, tokens)
     routed, dx = rows_and_gradient(x, token_of_row, slots, values)
-    assert routed.shape == values.shape and dx.shape == x.shape
-    assert not any(np.any(a) for a in (out, dvalues, dweights, routed, dx))
+    added, dadded = sum_and_gradient(values, token_of_row, slots, x)
+    assert routed.shape == dadded.shape == values.shape and dx.shape == added.shape == x.shape
+    assert not any(np.any(a) for a in (out, dvalues, dweights, routed, dx, added, dadded))
 
 
 @pytest.mark.parametrize("tokens, rows", [(3, 0), (0, 5)])

@@ -13,6 +13,7 @@ from pallas_kernels import (
     flash_mla,
     gather_combine,
     gather_rows,
+    gather_sum,
     grouped_gemm,
     mla_decode,
     scatter_add,
@@ -56,6 +57,11 @@ OPERATORS = {
         lambda scale, x: scale * gather_rows(x, TOKEN_OF_ROW, SLOTS),
         draw(33, 5),
         draw(DEVICES, 11, 5),
+    ),
+    "gather_sum": (
+        lambda scale, values: scale * gather_sum(values, TOKEN_OF_ROW, SLOTS),
+        draw(11, 5),
+        draw(DEVICES, 33, 5),
     ),
     "scatter_add": (
         lambda values, scale: scale * scatter_add(values, integers(7, 20), 7),

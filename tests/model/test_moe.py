@@ -107,9 +107,9 @@ def test_permutation_sorts_rows_by_expert_and_gives_identity_slots_none():
     np.testing.assert_array_equal(order.group_sizes_X, np.bincount(flat, minlength=E)[:N])
     used = np.count_nonzero(flat < N)
     slot_of_row = np.argsort(np.minimum(flat, N), kind="stable")[:used]
-    wanted = np.full(116, 29)
-    wanted[:used] = slot_of_row // K
-    np.testing.assert_array_equal(order.token_of_row_R, wanted)
+    wanted = np.full(116, 116)
+    wanted[:used] = slot_of_row
+    np.testing.assert_array_equal(order.slot_of_row_R, wanted)
     wanted = np.full(116, 116)
     wanted[slot_of_row] = range(used)
     np.testing.assert_array_equal(order.row_of_slot_TK, wanted.reshape(29, K))
@@ -122,7 +122,7 @@ def test_permutation_with_too_few_rows_keeps_the_first_slots():
     alone = permute_by_expert(jnp.asarray(np.where(kept, experts, N)), N, 116)
     assert order.group_sizes_X.sum() == 23
     np.testing.assert_array_equal(order.group_sizes_X, alone.group_sizes_X)
-    np.testing.assert_array_equal(order.token_of_row_R, alone.token_of_row_R[:23])
+    np.testing.assert_array_equal(order.slot_of_row_R, alone.slot_of_row_R[:23])
     np.testing.assert_array_equal(order.row_of_slot_TK, np.minimum(alone.row_of_slot_TK, 23))
 
 
