@@ -109,18 +109,20 @@ def _attend(
 ) -> jax.Array:
     """A device's queries against the keys of the whole row [B, T, H, V]."""
     c, latent_BSU = config, gather_row(latent_BTU)
-    B, S, _ = latent_BSU.shape
-    kv = latent_BSU[..., : c.kv_lora_rank] @ gather_weight(kv_b, DENSE, dim=0)
-    kv = kv.reshape(B, S, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
+    # The weights are cut in two, not what they give: that is 2 T / C times as much to copy.
+    w_uk_CHN, w_uv_CHV = _up_projections(c, gather_weight(kv_b, DENSE, dim=0))
+    latent_BSC, k_rope_BSP = jnp.split(latent_BSU, [c.kv_lora_rank], axis=-1)
+    k_BSHN = jnp.einsum("bsc,chn->bshn", latent_BSC, w_uk_CHN)
+    v_BSHV = jnp.einsum("bsc,chv->bshv", latent_BSC, w_uv_CHV)
 
     def attend(q_BTHQ: jax.Array, offset: jax.Array | None) -> jax.Array:
         return flash_mla(
             q_BTHQ,
-            kv[..., : c.qk_nope_head_dim],
-            kv[..., c.qk_nope_head_dim :],
+            k_BSHN,
+            v_BSHV,
             scale=attention_scale(c),
             segment_ids=segment_ids_BS,
-            k_rope=latent_BSU[..., c.kv_lora_rank :],
+            k_rope=k_rope_BSP,
             q_offset=offset,
         )
 
