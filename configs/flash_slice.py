@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
                 global_batch=2,
                 sequence_length=4096,
                 remat="selective",
+                unroll=2,  # all layers
             ),
             optim=dict(
                 learning_rate=2e-4,

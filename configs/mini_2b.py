@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
                 log_every=10,
                 eval_every=500,
                 checkpoint_every=1000,
-                remat="selective",
+                unroll=8,  # all layers
             ),
             optim=dict(
                 learning_rate=6e-4,

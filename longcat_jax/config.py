@@ -284,6 +284,11 @@ class TrainConfig:
     keep_best: int = 1
     remat: str = "none"
     """Which activations the backward pass makes again: model/remat.py."""
+    unroll: int = 1
+    """Layers in one pass of the loop over layers, up to all of them. A loop copies weights out of
+    their stack, and what the backward pass needs into one: without it a GPU's steps are faster, and
+    compilation takes longer.
+    """
     vocab_chunk: int = 8192
     """Columns of the unembedding per piece of the cross-entropy: no [tokens, vocabulary] array is
     ever whole.
@@ -299,6 +304,7 @@ class TrainConfig:
             "global_batch",
             "sequence_length",
             "accumulate",
+            "unroll",
             "log_every",
             "eval_every",
         )

@@ -237,6 +237,7 @@ def loss_terms(
         parallel=config.parallel,
         balance_groups=optim.balance.groups,
         remat=config.train.remat,
+        unroll=config.train.unroll,
         router_shift_LE=router_shift_LE,
     )
     mtp_loss = jnp.zeros((), totals.targets.dtype)

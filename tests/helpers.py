@@ -144,12 +144,13 @@ def trained(
     steps: int = 5,
     accumulate: int = 1,
     remat: str = "none",
+    unroll: int = 1,
     mesh: tuple[tuple[str, int], ...] = (),
     parallel: tuple[tuple[str, Any], ...] = (),
     model: tuple[tuple[str, Any], ...] = (),
 ) -> Trained:
     """Trains the tiny job from `random_params`; once a session. Call it inside of `exact`."""
-    train = {"accumulate": accumulate, "remat": remat}
+    train = {"accumulate": accumulate, "remat": remat, "unroll": unroll}
     sections = {"mesh": dict(mesh), "parallel": dict(parallel), "model": dict(model)}
     config = tiny_config(train=train, **sections)
     devices = make_mesh(config.mesh)

@@ -82,6 +82,7 @@ WRONG = {
     "train.vocab_chunk=0": ("train.vocab_chunk=0", "> 0"),
     "train.sequence_length=2": ("train.sequence_length=2", ">= 3"),
     "train.remat=some": ("train.remat='some'", "none, selective, full"),
+    "train.unroll=0": ("train.unroll=0", "> 0"),
     "train.max_loss_rise=0": ("train.max_loss_rise=0.0", "> 0"),
     "optim.learning_rate=0": ("optim.learning_rate=0.0", "> 0"),
     "optim.eps=0": ("optim.eps=0.0", "> 0"),

@@ -53,13 +53,16 @@ def test_golden_losses_of_the_first_steps():
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "remat"), [pytest.param(2, "selective", marks=pytest.mark.slow), (4, "full")]
+    ("accumulate", "remat", "unroll"),
+    [pytest.param(2, "selective", 1, marks=pytest.mark.slow), (4, "full", 2)],
 )
-def test_accumulation_and_remat_change_no_loss_gradient_or_bias(accumulate, remat):
+def test_accumulation_remat_and_unrolling_change_no_loss_gradient_or_bias(
+    accumulate, remat, unroll
+):
     config = tiny_config(train={"accumulate": accumulate})
     targets = target_masks(random_batch(config))[0].sum(-1).reshape(-1, accumulate).sum(0)
     assert len(set(targets.tolist())) > 1, "micro-batches must differ in their number of targets"
-    whole, parts = trained(), trained(accumulate=accumulate, remat=remat)
+    whole, parts = trained(), trained(accumulate=accumulate, remat=remat, unroll=unroll)
     for a, b in zip(parts.losses, whole.losses, strict=True):
         assert relative_error(a, b) <= 1e-11
     # Adam's first moment is the gradient of the first step, times 1 - beta1.

@@ -147,6 +147,7 @@ def trunk(
     parallel: ParallelConfig | None = None,
     balance_groups: int = 1,
     remat: str = "none",
+    unroll: int = 1,
     router_shift_LE: jax.Array | None = None,
 ) -> TrunkOutput:
     """Embedding, blocks and final norm.
@@ -158,6 +159,7 @@ def trunk(
       parallel: how experts are reached on a mesh; None: the defaults.
       balance_groups: G of the balance loss (model/router.py).
       remat: activation policy, see model/remat.py.
+      unroll: layers in one pass of the loop (`train.unroll`).
       router_shift_LE: zeros added to every p, to differentiate by; None: not added.
     """
     c, block = config, Block(config, parallel or ParallelConfig())
@@ -172,9 +174,10 @@ def trunk(
 
     x_BTD = embed(params["embed_tokens"], sequence.tokens_BT, jnp.dtype(c.dtype))
     x_BTD, (routers, left_out_L, latents) = jax.lax.scan(
-        rematerialised(layer, remat),
+        rematerialised(layer, remat, in_loop=unroll == 1),
         constrain_activations(x_BTD),
         (working_layers(params, c), router_shift_LE),
+        unroll=min(unroll, c.num_layers),
     )
     hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
     return TrunkOutput(hidden_BTD, x_BTD, routers, left_out_L, latents)

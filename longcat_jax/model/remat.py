@@ -28,8 +28,10 @@ def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     return not (primitive.name == "all_gather" and "fsdp" in params["axis_name"])
 
 
-def rematerialised(function: Callable, policy: str) -> Callable:
-    """`function` under a policy of config.REMAT_POLICIES."""
+def rematerialised(function: Callable, policy: str, *, in_loop: bool) -> Callable:
+    """`function` under a policy of config.REMAT_POLICIES; outside of a loop XLA would see that the
+    backward pass makes the same again, and keep everything, were it not kept from it.
+    """
     if policy == "none" and axis_size("fsdp") == 1:
         return function
     policies = {
@@ -37,4 +39,4 @@ def rematerialised(function: Callable, policy: str) -> Callable:
         "selective": jax.checkpoint_policies.save_only_these_names(KEPT, RESULT),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
-    return jax.checkpoint(function, policy=policies[policy], prevent_cse=False)
+    return jax.checkpoint(function, policy=policies[policy], prevent_cse=not in_loop)
