@@ -6,7 +6,7 @@ no floating-point scatter appears in its value or its gradients. `implementation
 best one for the platform; a named one is used or refused with a ValueError, never replaced.
 """
 
-from pallas_kernels._common import RESULT
+from pallas_kernels._common import HOPPER, RESULT, made_for
 from pallas_kernels.flash_mla import flash_mla
 from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_sum
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
@@ -14,6 +14,7 @@ from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.scatter_add import scatter_add
 
 __all__ = [
+    "HOPPER",
     "RESULT",
     "flash_mla",
     "gather_combine",
@@ -21,6 +22,7 @@ __all__ = [
     "gather_sum",
     "grouped_gemm",
     "grouped_gemm_weight_gradient",
+    "made_for",
     "mla_decode",
     "scatter_add",
 ]

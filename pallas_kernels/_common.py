@@ -1,7 +1,9 @@
 """What the operators share: checks, the accumulation dtype, the choice of implementation."""
 
+import contextlib
+import contextvars
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -118,11 +120,29 @@ class Implementation(NamedTuple):
     by_default: bool = True
 
 
-def compute_capability() -> tuple[int, int] | None:
-    """(major, minor) of the GPU that programs run on by default, None without a GPU.
+_made_for: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "made_for", default=None
+)
 
-    (0, 0) for a GPU that is not NVIDIA's.
+
+@contextlib.contextmanager
+def made_for(capability: tuple[int, int]) -> Iterator[None]:
+    """Programs that are traced inside are for GPUs of this compute capability, whatever this
+    machine has.
     """
+    token = _made_for.set(capability)
+    try:
+        yield
+    finally:
+        _made_for.reset(token)
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of the GPU that programs are for: inside of `made_for` its own, else that of
+    the one they run on by default; None without a GPU, (0, 0) for one that is not NVIDIA's.
+    """
+    if _made_for.get():
+        return _made_for.get()
     if jax.default_backend() != "gpu":
         return None
     numbers = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")

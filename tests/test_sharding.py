@@ -23,7 +23,7 @@ from longcat_jax.train_step import (
     router_watch,
     with_room,
 )
-from pallas_kernels import _common
+from pallas_kernels import HOPPER, made_for
 from tests.helpers import (
     TOKENS,
     exact,
@@ -259,15 +259,14 @@ def _kernel_calls(jaxpr, *, on_shards=False):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(("data", 2),), FSDP_CONTEXT_EXPERT])
-def test_every_kernel_works_on_a_device_s_own_part(mesh, monkeypatch):
+def test_every_kernel_works_on_a_device_s_own_part(mesh):
     """XLA cannot partition a kernel: outside of shard_map every device would run all of it."""
-    monkeypatch.setattr(_common, "compute_capability", lambda: _common.HOPPER)
     widths = {"hidden_size": 256, "q_lora_rank": 128, "kv_lora_rank": 192, "vocab_size": 512}
     widths |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
     widths |= {"expert_ffn_hidden_size": 128, "dtype": "bfloat16"}
     config = tiny_config(model=widths, mesh=dict(mesh), train={"sequence_length": 128})
     devices = make_mesh(config.mesh)
-    with jax.set_mesh(devices):
+    with made_for(HOPPER), jax.set_mesh(devices):
         state, batch = abstract_state(config, devices), random_batch(config)
         step = compile_train_step(config, devices)
         traced = step.trace(state, batch, token_bytes(config))

@@ -241,7 +241,7 @@ def _axes(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[Axes, int]:
     return None, groups.shape[1]
 
 
-class _Reader:
+class Reader:
     """Looks up what names in a program stand for."""
 
     def __init__(self, program: Program) -> None:
@@ -281,13 +281,16 @@ class _Reader:
     def products(self, computation: str, line: Instruction) -> float:
         """FLOPs of matrix products in one instruction and in what it calls.
 
-        Of kernels only grouped products are known; what is shown to hide communication is a lower
-        bound.
+        Of kernels grouped products and causal attention are known; what is shown to hide
+        communication is a lower bound.
         """
         if line.opcode == "custom-call":
             target = _TARGET.search(line.attributes)
             if target and target[1].startswith("mosaic_gpu"):
-                return _grouped_product([*self.operands(computation, line), *line.shapes])
+                operands = self.operands(computation, line)
+                if "/flash_mla_" in line.op_name:
+                    return _attention_product(line.op_name, operands, line.shapes)
+                return _grouped_product([*operands, *line.shapes])
             if not (target and target[1].startswith("__cublas")):
                 return 0.0
         elif line.opcode != "dot":
@@ -320,7 +323,23 @@ def _grouped_product(arrays: list[Shape]) -> float:
     return 0.0
 
 
-def _start(reader: _Reader, line: Instruction) -> tuple[str, str] | None:
+def _attention_product(name: str, operands: list[Shape], results: tuple[Shape, ...]) -> float:
+    """FLOPs of a kernel of pallas_kernels/flash_mla as if every query saw half of the keys."""
+    reads, results = operands[0].dims, [shape.dims for shape in results]
+    if "/flash_mla_queries" in name:  # of keys [B, S, ...] dq [B, T, heads, Q]
+        (batch, tokens, heads, width), keys = results[0], reads[1]
+        return float(batch * heads * tokens * keys * width)
+    # Of q [B, T, H, Q] and keys [B, S, ...].
+    batch, tokens, _, width = reads
+    keys = operands[1].dims[1]
+    if "/flash_mla_forward" in name:
+        heads, value_width, products = *results[0][2:], 1
+    else:  # every part's dk, dv [B, S, heads, V] and tiles of dS
+        heads, value_width, products = *results[-2][2:], 2
+    return float(products * batch * heads * tokens * keys * (width + value_width))
+
+
+def _start(reader: Reader, line: Instruction) -> tuple[str, str] | None:
     """Kind and groups of the collective that an instruction is or starts."""
     if line.opcode == "async-start":
         name = next(reader.called(line))[0]
@@ -349,7 +368,7 @@ def collectives(
       flops_per_second: rate of matrix products.
       bytes_per_second: rate at which a device receives.
     """
-    reader, sizes, found = _Reader(program), tuple(mesh.items()), []
+    reader, sizes, found = Reader(program), tuple(mesh.items()), []
     for computation, times in reader.runs(program.entry).items():
         products = now = free = 0.0  # FLOPs so far; seconds; when the network is free
         pending: dict[str, tuple[int, float, float]] = {}
@@ -376,7 +395,7 @@ def collectives(
 
 
 def _collective(
-    reader: _Reader,
+    reader: Reader,
     line: Instruction,
     computation: str,
     start: tuple[str, str],

@@ -165,3 +165,10 @@ def test_compute_capability_is_the_devices(monkeypatch, backend, text, capabilit
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert _common.compute_capability() == capability
+
+
+def test_made_for_another_machine(machine):
+    with _common.made_for(_common.HOPPER):
+        assert _common.compute_capability() == _common.HOPPER
+        assert choose(None) == "mosaic"
+    assert choose(None) == "reference"

@@ -109,6 +109,21 @@ def test_a_module_written_by_hand():
         ("bf16[6,50,70] custom-call(%x, %fused), custom_call_target='mosaic_gpu_v2'", 1),
         ("bf16[30,70] custom-call(%experts, %w), custom_call_target='mosaic_gpu_v2'", 0),
         ("bf16[30,70] custom-call(%x, %w), custom_call_target='SliceToDynamic'", 0),
+        (
+            "(bf16[5,4,3,8], f32[5,3,4]) custom-call(%q, %k), custom_call_target='mosaic_gpu', "
+            "metadata={op_name='a/flash_mla_forward/b'}",
+            5 * 3 * 4 * 7 * (6 + 8) / PRODUCT,
+        ),
+        (
+            "(bf16[5,7,2,6], bf16[5,7,2,8], bf16[5,2,9,64,64]) custom-call(%q, %k), "
+            "custom_call_target='mosaic_gpu', metadata={op_name='a/flash_mla_keys/b'}",
+            2 * 5 * 2 * 4 * 7 * (6 + 8) / PRODUCT,
+        ),
+        (
+            "bf16[5,4,2,6] custom-call(%k, %q), custom_call_target='mosaic_gpu', "
+            "metadata={op_name='a/flash_mla_queries/b'}",
+            5 * 2 * 4 * 7 * 6 / PRODUCT,
+        ),
         ("bf16[] conditional(%x), branch_computations={%condition, %product}", 1),
         ("bf16[] while(%x), body=%product, backend_config={'known_trip_count':{'n':'3'}}", 3),
         ("bf16[30,70] exponential(%x)", 0),
@@ -116,11 +131,13 @@ def test_a_module_written_by_hand():
 )
 def test_what_counts_as_a_product(line, products):
     experts = "  %experts = bf16[6,50,70]{2,1,0} constant({...})\n"
-    text = BY_HAND.replace("  %sync =", f"{experts}  %sync =")
+    heads = "  %q = bf16[5,4,3,6] constant({...})\n  %k = bf16[5,7,3,6] constant({...})\n"
+    text = BY_HAND.replace("  %sync =", f"{experts}{heads}  %sync =")
     start = text.index("  %dot.2 = ")
     line = "  %other = " + line.replace("'", '"') + "\n"
     text = text[:start] + line + text[text.index("  %done.2", start) :]
-    assert hlo.collectives(hlo.parse(text), MESH)[-1].products == products * PRODUCT
+    found = hlo.collectives(hlo.parse(text), MESH)[-1].products
+    assert found == pytest.approx(products * PRODUCT)
 
 
 @pytest.mark.parametrize(
