@@ -45,6 +45,7 @@ setup(
             "jax-cuda12-plugin>=0.11.2,<0.12",
             "jax-cuda12-pjrt>=0.11.2,<0.12",
             "nvidia-cuda-nvcc-cu12>=12.6.85",
+            "nvidia-cuda-nvdisasm>=13.0",  # tests/kernels/machine_code.py
         ],
         "test": ["pytest>=9.0", "pytest-xdist>=3.8"],
         # The formatter's output changes between minor versions: CI and contributors share one.

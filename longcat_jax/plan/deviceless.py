@@ -62,8 +62,8 @@ def _target() -> str:
     )
 
 
-def compiled_step(config: Config) -> jax.stages.Compiled:
-    """The step of `config` for as many H100 of one host as its mesh has devices.
+def h100s(count: int) -> list[jax.Device]:
+    """`count` H100 of one host, to compile for.
 
     To be called before anything asks JAX for a device: it settles for the CPU as the host.
 
@@ -73,9 +73,14 @@ def compiled_step(config: Config) -> jax.stages.Compiled:
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin asks for a driver otherwise
     topology = topologies.get_topology_desc(
-        "h100", "cuda", topology=f"1x1x{config.mesh.num_devices}", target_config=_target()
+        "h100", "cuda", topology=f"1x1x{count}", target_config=_target()
     )
-    mesh = make_mesh(config.mesh, list(topology.devices))
+    return list(topology.devices)
+
+
+def compiled_step(config: Config) -> jax.stages.Compiled:
+    """The step of `config` for as many of `h100s` as its mesh has devices."""
+    mesh = make_mesh(config.mesh, h100s(config.mesh.num_devices))
     with made_for(HOPPER), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = compile_train_step(config, mesh).lower(*abstract_arguments(config, mesh))
     return lowered.compile(compiler_options=OPTIONS)

@@ -8,13 +8,16 @@ to the queries (mosaic_queries.py) is a product with them. So the backward has f
 seven, without atomics.
 
 Both warpgroups keep their side of the first product, keys or values, in registers where they have
-room, and issue the first product of the next chunk before they finish this one's.
+room, issue the first product of the next chunk before they work on this one's, and leave the summed
+product in flight until the next one is issued. Its left operand, P or dS, is read from shared
+memory: ptxas lets one in registers die before the end of a loop's body (experiments/LOG.md).
 
 B batch, T tokens (queries), S keys, H heads, Q query and key width, V value width, L padded T,
 N tiles of dS.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +30,9 @@ from pallas_kernels import _common
 from pallas_kernels.flash_mla import mosaic_tile, schedule
 from pallas_kernels.flash_mla.mosaic_forward import LOG2_E
 from pallas_kernels.flash_mla.mosaic_tile import LOADER, MATRIX, Side, along
-from pallas_kernels.flash_mla.schedule import CHUNK, PIECE
+from pallas_kernels.flash_mla.schedule import CHUNK, PIECE, SLOTS
 
 SHAPE = (CHUNK, CHUNK)
-SLOTS = 2  # buffers of P and of dS
 
 
 class Buffers(NamedTuple):
@@ -43,6 +45,7 @@ class Buffers(NamedTuple):
     lse: Any
     delta: Any
     p: Any
+    weights: Any
     ds: Any
     k_full: Any
     v_full: Any
@@ -74,28 +77,44 @@ class Place(NamedTuple):
     count: Any
 
 
-def _buffer_types(widths: tuple[int, int], dtype: Any) -> Buffers:
-    stages, f32 = schedule.BACKWARD_STAGES, jnp.float32
+def _buffer_types(widths: tuple[int, int], dtype: Any, tiling: schedule.Backward) -> Buffers:
+    q_stages, dout_stages, f32 = tiling.q_stages, tiling.dout_stages, jnp.float32
     pieces, value_pieces = (width // PIECE for width in widths)
     return Buffers(
         k=mosaic_tile.shared(dtype, pieces, CHUNK, PIECE),
         v=mosaic_tile.shared(dtype, value_pieces, CHUNK, PIECE),
-        q=mosaic_tile.shared(dtype, stages, CHUNK, widths[0]),
-        dout=mosaic_tile.shared(dtype, stages, CHUNK, widths[1]),
-        lse=plgpu.SMEM((stages, CHUNK), f32),
-        delta=plgpu.SMEM((stages, CHUNK), f32),
+        q=mosaic_tile.shared(dtype, q_stages, CHUNK, widths[0]),
+        dout=mosaic_tile.shared(dtype, dout_stages, CHUNK, widths[1]),
+        lse=plgpu.SMEM((q_stages, CHUNK), f32),
+        delta=plgpu.SMEM((dout_stages, CHUNK), f32),
         # P is at most 1: in float16 it crosses with 3 bits more than in bfloat16, at the same size.
         p=mosaic_tile.shared(jnp.float16, SLOTS, CHUNK, CHUNK),
+        weights=mosaic_tile.shared(dtype, SLOTS, CHUNK, CHUNK),  # P as its product reads it
         ds=mosaic_tile.shared(dtype, SLOTS, CHUNK, CHUNK),
         k_full=plgpu.Barrier(num_arrivals=pieces),
         v_full=plgpu.Barrier(num_arrivals=value_pieces),
         v_done=plgpu.Barrier(),
-        q_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        dout_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        q_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        dout_free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        q_full=plgpu.Barrier(num_arrivals=2, num_barriers=q_stages),
+        dout_full=plgpu.Barrier(num_arrivals=2, num_barriers=dout_stages),
+        q_free=plgpu.Barrier(num_arrivals=2, num_barriers=q_stages),
+        dout_free=plgpu.Barrier(num_arrivals=2, num_barriers=dout_stages),
         p_full=plgpu.Barrier(num_barriers=SLOTS),
         p_free=plgpu.Barrier(num_barriers=SLOTS),
+    )
+
+
+def _slot(ring: Any, t: jax.Array) -> Any:
+    """Of a ring of buffers or barriers, the one of chunk t."""
+    return ring.at[lax.rem(t, jnp.int32(ring.shape[0]))]
+
+
+def _take_what_is_left(ring: Any, count: jax.Array) -> None:
+    """Waits for the last arrivals of `count` at a ring of barriers."""
+    lax.fori_loop(
+        jnp.maximum(count - ring.shape[0], 0),
+        count,
+        lambda t, _: plgpu.barrier_wait(_slot(ring, t)),
+        None,
     )
 
 
@@ -103,7 +122,7 @@ def _load(place: Place, operands: tuple[Any, ...], smem: Buffers) -> None:
     """The loading warpgroup: keys and values, then chunks of queries and their like."""
     plgpu.set_max_registers(mosaic_tile.LOADER_REGISTERS, action="decrease")
     q, keys, v, dout, lse, delta = operands
-    b, h, stages = place.batch, place.head, jnp.int32(schedule.BACKWARD_STAGES)
+    b, h = place.batch, place.head
     rows = pl.ds(place.row, CHUNK)
     parts = [mosaic_tile.of_head(key, b, rows, h) for key in keys]
     mosaic_tile.load_pieces(parts, smem.k, smem.k_full)
@@ -114,20 +133,16 @@ def _load(place: Place, operands: tuple[Any, ...], smem: Buffers) -> None:
     )
 
     def load(t: jax.Array, _: None) -> None:
-        slot = lax.rem(t, stages)
         rows = pl.ds((place.start + t) * CHUNK, CHUNK)
         for matrix, vector, to_matrix, to_vector, full, free in streams:
-            pl.when(t >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            plgpu.copy_gmem_to_smem(matrix.at[b, rows, h], to_matrix.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(vector.at[b, h, rows], to_vector.at[slot], full.at[slot])
+            wait = functools.partial(plgpu.barrier_wait, _slot(free, t))
+            pl.when(t >= free.shape[0])(wait)
+            plgpu.copy_gmem_to_smem(matrix.at[b, rows, h], _slot(to_matrix, t), _slot(full, t))
+            plgpu.copy_gmem_to_smem(vector.at[b, h, rows], _slot(to_vector, t), _slot(full, t))
 
     lax.fori_loop(0, place.count, load, None)
-
-    def take_what_is_left(t: jax.Array, _: None) -> None:
-        plgpu.barrier_wait(smem.q_free.at[lax.rem(t, stages)])
-        plgpu.barrier_wait(smem.dout_free.at[lax.rem(t, stages)])
-
-    lax.fori_loop(jnp.maximum(place.count - stages, 0), place.count, take_what_is_left, None)
+    _take_what_is_left(smem.q_free, place.count)
+    _take_what_is_left(smem.dout_free, place.count)
 
 
 def _multiply(accumulator: Any, own: list[Any], streamed: Any, full: Any) -> None:
@@ -145,6 +160,73 @@ def _own(pieces: Any, *, registers: bool) -> list[Any]:
     return [plgpu.load(pieces.at[i], layout=MATRIX) for i in range(pieces.shape[0])]
 
 
+class Walk(NamedTuple):
+    """What a computing warpgroup does with every chunk t of `count`.
+
+    Attributes:
+      first: (accumulator, t) issues the chunk's first product, a tile.
+      second: (sums, tile, t, issue_next, masked) makes the left operand of the summed product from
+        the tile and issues it; calls `issue_next` before.
+      free: barriers to arrive at when the summed product of a chunk is done.
+      spans: (stop, masked): chunks before `stop` that no earlier span has. The last chunk follows
+        them, masked.
+      width: of the sums.
+    """
+
+    first: Callable[[Any, jax.Array], None]
+    second: Callable[..., None]
+    free: Any
+    spans: list[tuple[jax.Array, bool]]
+    width: int
+
+
+def _sum_chunks(walk: Walk, count: jax.Array) -> jax.Array:
+    """The sums [64, width] of a computing warpgroup.
+
+    Products end in the order of their issue: when the next chunk's first one is done, one product
+    may be in flight, this chunk's summed one, and that of the chunk before is done.
+    """
+    last = count - 1
+
+    def accumulate(sums_ref: Any) -> jax.Array:
+        def step(
+            t: jax.Array, tile: jax.Array, *, masked: bool, is_last: bool = False
+        ) -> jax.Array | None:
+            def work(ahead_ref: Any = None) -> jax.Array | None:
+                def issue_next() -> None:
+                    if not is_last:
+                        walk.first(ahead_ref, t + 1)
+
+                walk.second(sums_ref, tile, t, issue_next, masked)
+                following = None
+                if is_last:
+                    plgpu.wgmma_wait(1)
+                else:
+                    following = plgpu.wgmma_accumulator_load(ahead_ref, wait_n=1)
+                before = _slot(walk.free, t - 1)
+                pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
+                return following
+
+            return work() if is_last else pl.run_scoped(work, plgpu.ACC(SHAPE, jnp.float32))
+
+        def begin(tile_ref: Any) -> jax.Array:
+            walk.first(tile_ref, jnp.int32(0))
+            return plgpu.wgmma_accumulator_load(tile_ref)
+
+        tile = pl.run_scoped(begin, plgpu.ACC(SHAPE, jnp.float32))
+        reached = jnp.int32(0)
+        for stop, masked in walk.spans:
+            until = jnp.clip(stop, reached, last)
+            tile = lax.fori_loop(reached, until, functools.partial(step, masked=masked), tile)
+            reached = until
+        step(last, tile, masked=True, is_last=True)
+        sums = plgpu.wgmma_accumulator_load(sums_ref)
+        plgpu.barrier_arrive(_slot(walk.free, last))
+        return sums
+
+    return pl.run_scoped(accumulate, plgpu.ACC((CHUNK, walk.width), jnp.float32))
+
+
 def _sum_values(
     place: Place,
     segments: schedule.Segments | None,
@@ -153,15 +235,11 @@ def _sum_values(
     scale: float,
 ) -> jax.Array:
     """S, P and dv, which it returns."""
-    last, stages = place.count - 1, schedule.BACKWARD_STAGES
     plgpu.barrier_wait(smem.k_full)
     keys = _own(smem.k, registers=tiling.k_registers)
 
-    def slot_of(t: jax.Array) -> jax.Array:
-        return lax.rem(t, jnp.int32(stages))
-
-    def multiply_queries(scores_ref: Any, t: jax.Array) -> None:
-        _multiply(scores_ref, keys, smem.q.at[slot_of(t)], smem.q_full.at[slot_of(t)])
+    def multiply_queries(ref: Any, t: jax.Array) -> None:
+        _multiply(ref, keys, _slot(smem.q, t), _slot(smem.q_full, t))
 
     def visible(t: jax.Array) -> jax.Array:
         row = (place.start + t) * CHUNK
@@ -172,60 +250,34 @@ def _sum_values(
             ids = theirs, segments.keys_BL.at[place.batch, pl.ds(place.row, CHUNK)]
         return mosaic_tile.visible(SHAPE, Side(1, stand, ids[0]), Side(0, place.row, ids[1]))
 
-    def accumulate(sums_ref: Any) -> jax.Array:
-        def step(
-            t: jax.Array, scores: jax.Array, *, masked: bool, is_last: bool = False
-        ) -> jax.Array | None:
-            slot, half = slot_of(t), lax.rem(t, jnp.int32(SLOTS))
+    def second(
+        sums_ref: Any, scores: jax.Array, t: jax.Array, issue_next: Callable, masked: bool
+    ) -> None:
+        if not masked:
+            issue_next()
+        lse = mosaic_tile.load_vector(_slot(smem.lse, t), 1)
+        p = jnp.exp2(scores * (scale * LOG2_E) - along(lse, SHAPE, 1))
+        if masked:
+            p = jnp.where(visible(t), p, 0.0)
+        taken = _slot(smem.p_free, t)
+        pl.when(t >= SLOTS)(lambda: plgpu.barrier_wait(taken))
+        half = lax.rem(t, jnp.int32(SLOTS))
+        smem.p[half] = p.astype(smem.p.dtype)
+        smem.weights[half] = p.astype(smem.weights.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(smem.p_full.at[half])
+        plgpu.barrier_arrive(_slot(smem.q_free, t))
+        if masked:  # ids take registers: let them go first
+            issue_next()
+        plgpu.barrier_wait(_slot(smem.dout_full, t))
+        plgpu.wgmma(sums_ref, smem.weights.at[half], _slot(smem.dout, t))
 
-            def work(ahead_ref: Any = None) -> jax.Array | None:
-                if not (masked or is_last):
-                    multiply_queries(ahead_ref, t + 1)
-                lse = mosaic_tile.load_vector(smem.lse.at[slot], 1)
-                p = jnp.exp2(scores * (scale * LOG2_E) - along(lse, SHAPE, 1))
-                if masked:
-                    p = jnp.where(visible(t), p, 0.0)
-                taken = smem.p_free.at[half]
-                pl.when(t >= SLOTS)(lambda: plgpu.barrier_wait(taken))
-                smem.p[half] = p.astype(jnp.float16)
-                plgpu.barrier_arrive(smem.p_full.at[half])
-                plgpu.barrier_arrive(smem.q_free.at[slot])
-                if masked and not is_last:  # ids take registers: let them go first
-                    multiply_queries(ahead_ref, t + 1)
-                plgpu.barrier_wait(smem.dout_full.at[slot])
-                plgpu.wgmma(sums_ref, p.astype(smem.dout.dtype), smem.dout.at[slot])
-                # All, before the registers of P serve again: ptxas does not keep the left operand
-                # of a product in flight past the end of a loop's body (seen in SASS, and as NaN).
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(smem.dout_free.at[slot])
-                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref)
-
-            if is_last:
-                return work()
-            return pl.run_scoped(work, plgpu.ACC(SHAPE, jnp.float32))
-
-        def begin(scores_ref: Any) -> jax.Array:
-            multiply_queries(scores_ref, jnp.int32(0))
-            return plgpu.wgmma_accumulator_load(scores_ref)
-
-        scores = pl.run_scoped(begin, plgpu.ACC(SHAPE, jnp.float32))
-        spans = [(place.masked, True), (place.whole, False)]
-        if segments is not None:
-            spans.append((last, True))
-        reached = jnp.int32(0)
-        for stop, masked in spans:
-            until = jnp.clip(stop, reached, last)
-            scores = lax.fori_loop(reached, until, functools.partial(step, masked=masked), scores)
-            reached = until
-        step(last, scores, masked=True, is_last=True)
-        return plgpu.wgmma_accumulator_load(sums_ref)
-
-    sums = pl.run_scoped(accumulate, plgpu.ACC((CHUNK, smem.dout.shape[2]), jnp.float32))
-
-    def take_what_is_left(t: jax.Array, _: None) -> None:
-        plgpu.barrier_wait(smem.p_free.at[lax.rem(t, jnp.int32(SLOTS))])
-
-    lax.fori_loop(jnp.maximum(place.count - SLOTS, 0), place.count, take_what_is_left, None)
+    spans = [(place.masked, True), (place.whole, False)]
+    if segments is not None:
+        spans.append((place.count, True))
+    walk = Walk(multiply_queries, second, smem.dout_free, spans, smem.dout.shape[2])
+    sums = _sum_chunks(walk, place.count)
+    _take_what_is_left(smem.p_free, place.count)
     return sums
 
 
@@ -233,22 +285,15 @@ def _sum_keys(
     place: Place, ds_out: Any, smem: Buffers, tiling: schedule.Backward, scale: float
 ) -> jax.Array:
     """dP, dS, which it stores, and dk, which it returns."""
-    last, stages = place.count - 1, schedule.BACKWARD_STAGES
     block = lax.div(place.row, jnp.int32(CHUNK))
     ahead = schedule.chunks_ahead(place.offset)
     plgpu.barrier_wait(smem.v_full)
     values = _own(smem.v, registers=tiling.v_registers)
 
-    def slot_of(t: jax.Array) -> jax.Array:
-        return lax.rem(t, jnp.int32(stages))
-
     def multiply_dout(ref: Any, t: jax.Array) -> None:
-        _multiply(ref, values, smem.dout.at[slot_of(t)], smem.dout_full.at[slot_of(t)])
+        _multiply(ref, values, _slot(smem.dout, t), _slot(smem.dout_full, t))
 
-    def store(ds: jax.Array, t: jax.Array, half: jax.Array) -> None:
-        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-        smem.ds[half] = ds
-        plgpu.commit_smem()
+    def store(t: jax.Array, half: jax.Array) -> None:
         i = place.start + t
         target = ds_out.at[place.batch, place.own_head, schedule.tile_index(i, block, ahead)]
 
@@ -258,41 +303,28 @@ def _sum_keys(
         # With an offset a CTA may have none but a chunk that sees no key of its own.
         copy() if place.offset is None else pl.when(block <= i + ahead)(copy)
 
-    def accumulate(sums_ref: Any) -> jax.Array:
-        def step(t: jax.Array, dp: jax.Array, *, is_last: bool = False) -> jax.Array | None:
-            slot, half = slot_of(t), lax.rem(t, jnp.int32(SLOTS))
+    def second(
+        sums_ref: Any, dp: jax.Array, t: jax.Array, issue_next: Callable, masked: bool
+    ) -> None:
+        del masked  # P is 0 there
+        issue_next()
+        delta = mosaic_tile.load_vector(_slot(smem.delta, t), 1)
+        centered = dp - along(delta, SHAPE, 1)
+        plgpu.barrier_arrive(_slot(smem.dout_free, t))
+        half = lax.rem(t, jnp.int32(SLOTS))
+        plgpu.barrier_wait(smem.p_full.at[half])
+        p = plgpu.load(smem.p.at[half], layout=MATRIX).astype(jnp.float32)
+        plgpu.barrier_arrive(smem.p_free.at[half])
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        smem.ds[half] = (p * centered).astype(smem.ds.dtype)
+        plgpu.commit_smem()
+        store(t, half)
+        plgpu.barrier_wait(_slot(smem.q_full, t))
+        plgpu.wgmma(sums_ref, smem.ds.at[half], _slot(smem.q, t))
 
-            def work(ahead_ref: Any = None) -> jax.Array | None:
-                if not is_last:
-                    multiply_dout(ahead_ref, t + 1)
-                delta = mosaic_tile.load_vector(smem.delta.at[slot], 1)
-                centered = dp - along(delta, SHAPE, 1)
-                plgpu.barrier_arrive(smem.dout_free.at[slot])
-                plgpu.barrier_wait(smem.p_full.at[half])
-                p = plgpu.load(smem.p.at[half], layout=MATRIX).astype(jnp.float32)
-                plgpu.barrier_arrive(smem.p_free.at[half])
-                ds = (p * centered).astype(smem.ds.dtype)
-                plgpu.barrier_wait(smem.q_full.at[slot])
-                plgpu.wgmma(sums_ref, ds, smem.q.at[slot])
-                store(ds, t, half)  # while the tensor cores work
-                plgpu.wgmma_wait(0)  # all, for the same reason
-                plgpu.barrier_arrive(smem.q_free.at[slot])
-                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref)
-
-            if is_last:
-                return work()
-            return pl.run_scoped(work, plgpu.ACC(SHAPE, jnp.float32))
-
-        def begin(dp_ref: Any) -> jax.Array:
-            multiply_dout(dp_ref, jnp.int32(0))
-            return plgpu.wgmma_accumulator_load(dp_ref)
-
-        dp = pl.run_scoped(begin, plgpu.ACC(SHAPE, jnp.float32))
-        dp = lax.fori_loop(0, last, step, dp)
-        step(last, dp, is_last=True)
-        return plgpu.wgmma_accumulator_load(sums_ref) * scale
-
-    return pl.run_scoped(accumulate, plgpu.ACC((CHUNK, smem.q.shape[2]), jnp.float32))
+    spans = [(place.count, False)]
+    walk = Walk(multiply_dout, second, smem.q_free, spans, smem.q.shape[2])
+    return _sum_chunks(walk, place.count) * scale
 
 
 def _store_keys(dk: jax.Array, place: Place, targets: tuple[Any, ...], pieces: Any) -> None:
@@ -393,7 +425,7 @@ def key_gradients(
             jax.ShapeDtypeStruct((batch, num_keys, num_heads, value_width), dtype),
             jax.ShapeDtypeStruct(tiles, dtype),
         ),
-        scratch_types=(_buffer_types((width, value_width), dtype),),
+        scratch_types=(_buffer_types((width, value_width), dtype, tiling),),
         grid=(batch, num_heads, key_chunks),
         grid_names=("batch", "head", "tile"),
         num_threads=3,

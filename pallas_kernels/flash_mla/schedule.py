@@ -17,7 +17,7 @@ TILE_BYTES = CHUNK * CHUNK * 2
 PIECE = 64  # columns of a swizzled row of shared memory, 16 bits each
 QUERY_ROWS = 2 * CHUNK  # queries of a CTA, in the forward and in their gradient
 PADDING = QUERY_ROWS  # log-sum-exp and the like are kept for whole tiles of so many queries
-BACKWARD_STAGES = 3  # chunks of queries in shared memory in the gradient to the keys
+SLOTS = 2  # tiles of P and of dS in shared memory in the gradient to the keys
 SHARED_MEMORY = 226 << 10  # bytes of a CTA, less what barriers and vectors take
 
 
@@ -38,13 +38,18 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """What the kernel of the gradients to keys and values keeps in registers, not in shared memory.
+    """Sizes of the kernel of the gradients to keys and values.
 
     Attributes:
-      k_registers: the keys.
-      v_registers: the values.
+      q_stages: chunks of queries in shared memory. The warpgroup that sums values asks for chunk
+        t + 1 before the one that sums keys has let go of chunk t - 1: at least 3.
+      dout_stages: chunks of the gradient of the output there.
+      k_registers: the keys are read from registers, not from shared memory.
+      v_registers: the values are.
     """
 
+    q_stages: int
+    dout_stages: int
     k_registers: bool
     v_registers: bool
 
@@ -66,7 +71,11 @@ def forward(width: int, value_width: int, *, segments: bool) -> Forward:
 def backward(width: int, value_width: int, *, segments: bool) -> Backward:
     """Sizes for keys and values of these widths."""
     tiles = 2 * CHUNK // 2  # registers of a thread for a tile and the next one
+    # Keys and values, P in two dtypes, dS, and three chunks of queries.
+    taken = 2 * CHUNK * (4 * width + value_width) + 3 * SLOTS * TILE_BYTES
     return Backward(
+        q_stages=3,
+        dout_stages=min((SHARED_MEMORY - taken) // (2 * CHUNK * value_width), 3),
         # Ids of segments take the registers of the keys.
         k_registers=value_width // 2 + tiles + width // 4 <= 176 and not segments,
         v_registers=width // 2 + tiles + value_width // 4 <= 192,
