@@ -6,6 +6,7 @@ it. A program of its own: where kernels are dumped is settled when JAX starts.
 Needs the extra [aot].
 """
 
+import functools
 import json
 import os
 import re
@@ -33,15 +34,27 @@ from tests.kernels import sass
 SPILLS = re.compile(r"(\d+) bytes spill stores")
 
 
+@functools.cache
 def tool(name: str) -> str:
-    """Path of a program of the CUDA toolkit: on PATH, or in a package."""
-    spec = find_spec("nvidia")
-    folders = [Path(folder) for folder in spec.submodule_search_locations] if spec else []
-    packaged = [file for folder in folders for file in folder.glob(f"*/bin/{name}")]
-    found = shutil.which(name) or next(iter(packaged), None)
+    """Path of a program of the CUDA toolkit, the newest on PATH, in the toolkit's usual place or in a
+    package: XLA may have written for any of them.
+    """
+    folders = [Path("/usr/local/cuda/bin")]
+    if spec := find_spec("nvidia"):
+        folders += [
+            bin for root in spec.submodule_search_locations for bin in Path(root).glob("*/bin")
+        ]
+    found = [shutil.which(name), *(shutil.which(name, path=folder) for folder in folders)]
+    found = list(filter(None, found))
     if not found:
-        raise SystemExit(f"{name}: not on PATH and not in a package")
-    return str(found)
+        raise SystemExit(f"{name}: not on PATH, not in /usr/local/cuda/bin, not in a package")
+
+    def release(path: str) -> tuple[int, ...]:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        numbers = re.search(r"release (\d+)\.(\d+)", text)
+        return tuple(map(int, numbers.groups())) if numbers else (0, 0)
+
+    return max(found, key=release)
 
 
 def machine_code(ptx: Path) -> str:
