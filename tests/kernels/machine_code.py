@@ -36,8 +36,8 @@ SPILLS = re.compile(r"(\d+) bytes spill stores")
 
 @functools.cache
 def tool(name: str) -> str:
-    """Path of a program of the CUDA toolkit, the newest on PATH, in the toolkit's usual place or in a
-    package: XLA may have written for any of them.
+    """Path of a program of the CUDA toolkit, the newest on PATH, in the toolkit's usual place or in
+    a package: XLA may have written for any of them.
     """
     folders = [Path("/usr/local/cuda/bin")]
     if spec := find_spec("nvidia"):
