@@ -476,6 +476,11 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     proxy: ProxyConfig = ProxyConfig()
     seed: int = 0
+    deterministic: bool = True
+    """The same bits in every run. On a GPU XLA then takes the algorithm for a product that cuBLAS
+    names, instead of measuring several at start, which may end otherwise the next time; all else is
+    deterministic anyway.
+    """
     init_from: str = ""
     """A checkpoint, trained or converted, whose parameters training starts from (fresh optimizer).
     The command line takes `model` from it, too.

@@ -219,7 +219,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable:
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, deterministic=config.deterministic),
     )
 
 

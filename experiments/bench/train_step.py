@@ -25,7 +25,6 @@ from experiments.bench import step_profile, timing
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import Config
 from longcat_jax.model import count
-from longcat_jax.parallel.compiler import compiler_options
 from longcat_jax.sharding import batch_sharding, make_mesh
 from longcat_jax.train_step import compile_train_step, init_state
 
@@ -101,8 +100,7 @@ def print_breakdown(run: Run, kernels: int) -> None:
     # A graph's kernels don't say which operation they are: they are told apart in a program that
     # launches one by one, and the gaps between them are those of the real one.
     idle = step_profile.idle(_profile(run)) / PROFILED
-    options = compiler_options(run.mesh) | {"xla_gpu_enable_command_buffer": ""}
-    run.compiled = run.lowered.compile(compiler_options=options)
+    run.compiled = run.lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": ""})
     jax.block_until_ready(run.step())
     found = _profile(run)
     parts = {**step_profile.breakdown(found), "idle": (idle * PROFILED, 0)}

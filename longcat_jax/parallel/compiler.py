@@ -7,6 +7,11 @@ KERNELS = {
     # for its other readers.
     "xla_gpu_enable_dynamic_slice_fusion": False,
 }
+DETERMINISTIC = {
+    # No algorithm is chosen by its time in this process. Triton's products need that.
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+}
 OVERLAP = {
     # Both for token chunks (parallel/expert.py): by default XLA joins the chunks' products into
     # one, which then waits for all of the tokens, and keeps one collective in flight at a time.
@@ -15,8 +20,13 @@ OVERLAP = {
 }
 
 
-def compiler_options(mesh: Mesh) -> dict[str, int]:
-    """What `jax.jit(compiler_options=...)` takes for programs on this mesh."""
+def compiler_options(mesh: Mesh, *, deterministic: bool) -> dict[str, int]:
+    """What `jax.jit(compiler_options=...)` takes for programs on this mesh.
+
+    Args:
+      mesh: of the devices that the program is for.
+      deterministic: whether every process shall get the same program.
+    """
     if mesh.devices.flat[0].platform != "gpu":
         return {}
-    return KERNELS | OVERLAP if mesh.size > 1 else dict(KERNELS)
+    return KERNELS | (DETERMINISTIC if deterministic else {}) | (OVERLAP if mesh.size > 1 else {})

@@ -1,8 +1,8 @@
 """The train step compiled for H100 on a machine without a GPU: what the formulas of this folder are
 held against, and where bytes and time go before a machine is there.
 
-Needs the extra [aot]. Nothing runs and nothing is autotuned; programs are otherwise what a GPU
-would get, down to machine code.
+Needs the extra [aot]. Nothing runs and nothing is autotuned; so the program is, down to its machine
+code, the one that a GPU gets of a deterministic job.
 """
 
 import os
@@ -47,8 +47,6 @@ DEVICE: dict[str, Any] = {
     "compile_time_toolkit_version": '"12.8.0"',
     "dnn_version": '"9.10.0"',
 }
-# Products by cuBLAS, as a GPU's autotuning mostly decides; Triton's would be compiled one by one.
-OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def _target() -> str:
@@ -83,4 +81,4 @@ def compiled_step(config: Config) -> jax.stages.Compiled:
     mesh = make_mesh(config.mesh, h100s(config.mesh.num_devices))
     with made_for(HOPPER), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = compile_train_step(config, mesh).lower(*abstract_arguments(config, mesh))
-    return lowered.compile(compiler_options=OPTIONS)
+    return lowered.compile()
