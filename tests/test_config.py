@@ -111,7 +111,7 @@ WRONG = {
     "model.hiden_size=3": ("model.hiden_size", "did you mean 'hidden_size'"),
     "optim.pid.kq=3": ("optim.pid.kq", "known: every, kd, kp, mu, mu_final"),
     "modle.hidden_size=3": ("modle.hidden_size", "did you mean 'model'"),
-    "zzz=3": ("zzz: unknown name", "known: data, init_from, mesh"),
+    "zzz=3": ("zzz: unknown name", "known: data, deterministic, init_from, mesh"),
     "seed.low=3": ("seed is 0 and has no fields",),
     "train.steps=5.0": ("train.steps=5.0", "type int, not float"),
     "train.steps=True": ("train.steps=True", "type int, not bool"),
