@@ -39,6 +39,7 @@ from longcat_jax.model import count
 from longcat_jax.optim import schedules
 from longcat_jax.optim.frozen import frozen_mask
 from longcat_jax.parallel import multihost
+from longcat_jax.plan import hardware
 from longcat_jax.sharding import Mesh, batch_sharding, make_mesh
 from longcat_jax.train_step import (
     TrainState,
@@ -48,8 +49,6 @@ from longcat_jax.train_step import (
     router_watch,
 )
 
-PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
-"""bf16 FLOP/s of one device, by the start of its name; MFU is shown where it is known."""
 LOSS_WINDOW = 100
 
 
@@ -297,9 +296,9 @@ def _losses_so_far(directory: Path, step: int) -> list[float]:
 
 
 def _peak_flops(mesh: Mesh) -> float:
-    """bf16 FLOP/s of the whole mesh, 0 where the device is not in the table."""
-    kind = mesh.devices.flat[0].device_kind
-    return sum(peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)) * mesh.size
+    """bf16 FLOP/s of the whole mesh, 0 where the device is not known: no MFU is shown then."""
+    machine = hardware.of_device(mesh.devices.flat[0].device_kind)
+    return machine.flops * mesh.size if machine else 0.0
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ from longcat_jax.inference.generate import make_request
 from longcat_jax.model import count, longcat
 from longcat_jax.parameters import unbox
 
-BANDWIDTH = 3.35e12  # bytes per second of an H100 SXM's memory, by its data sheet
 BYTES = 2  # of a weight or cache entry
 
 
@@ -89,7 +88,7 @@ def main() -> None:
         step, prefill = measure(model, prompts, args.tokens)
         experts = distinct_experts(model, prompts[: min(batch, 64)])
         entries = batch * (args.context + args.tokens // 2)
-        bound = bytes_per_step(config, experts, entries) / BANDWIDTH
+        bound = bytes_per_step(config, experts, entries) / timing.machine().memory_rate
         rows[f"batch {batch}"] = [
             f"{1e3 * step:.3f}",
             f"{1e3 * bound:.3f}",

@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longcat_jax.plan.hardware import Hardware, of_device
+
 REPEATS = 100  # runs that must agree
+
+
+def machine() -> Hardware:
+    """Peaks of this machine's GPU, by its vendor's data sheet."""
+    kind = jax.devices()[0].device_kind
+    found = of_device(kind)
+    if not found:
+        raise SystemExit(f"{kind}: its peaks are not known (longcat_jax/plan/hardware.py)")
+    return found
 
 
 class Contender(NamedTuple):

@@ -28,7 +28,6 @@ from longcat_jax.model import count
 from longcat_jax.sharding import batch_sharding, make_mesh
 from longcat_jax.train_step import compile_train_step, init_state
 
-PEAK_FLOPS = 989e12  # dense bf16 of an H100 SXM
 PROFILED = 3
 
 
@@ -123,7 +122,7 @@ def report(config: Config, steps: int, kernels: int) -> None:
     flops = count.training_flops_per_token(config.model, config.train.sequence_length)
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-    share = flops * tokens / seconds / PEAK_FLOPS / jax.device_count()
+    share = flops * tokens / seconds / timing.machine().flops / jax.device_count()
     print(
         f"{jax.device_count()} x {device.device_kind}, {config.train.global_batch} x "
         f"{config.train.sequence_length} tokens, remat {config.train.remat}: {1e3 * seconds:.1f} "

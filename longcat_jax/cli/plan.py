@@ -27,7 +27,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="a configs/*.py file, a config.json of a run, or a HuggingFace checkpoint's folder",
     )
     parser.add_argument("--devices", type=int, help="how many; a mesh is proposed")
-    parser.add_argument("--hardware", default="h100", help="h100 (default), h800 or h200")
+    parser.add_argument("--hardware", default="h100", help="h100 (default), h800, h200 or a100")
     parser.set_defaults(run=run, overrides=[])
 
 

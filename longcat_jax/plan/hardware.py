@@ -1,4 +1,4 @@
-"""What the planner knows of machines: vendors' peaks, and the shares of them that were reached.
+"""What is known of machines: vendors' peaks, and the shares of them that were reached.
 
 Shares come from experiments/LOG.md (one H100, 2026-11-23) where it has them; the others are
 assumptions and say so.
@@ -50,7 +50,14 @@ HARDWARE = {
     "h100": Hardware("h100", memory=80e9, memory_rate=3.35e12, inside=450e9),
     "h800": Hardware("h800", memory=80e9, memory_rate=3.35e12, inside=200e9),
     "h200": Hardware("h200", memory=141e9, memory_rate=4.8e12, inside=450e9),
+    "a100": Hardware("a100", memory=80e9, memory_rate=2.04e12, inside=300e9, flops=312e12),
 }
+"""By the name of `longcat plan --hardware`."""
+
+
+def of_device(kind: str) -> Hardware | None:
+    """The entry of a device, by JAX's name of it."""
+    return next((o for o in HARDWARE.values() if kind.startswith(f"NVIDIA {o.name.upper()}")), None)
 
 
 def find(name: str) -> Hardware:

@@ -67,7 +67,7 @@ def test_the_configuration_s_own_mesh_is_planned(capsys: pytest.CaptureFixture[s
         (["--devices=1000"], "--devices=1000: no mesh divides this job (train.global_batch"),
         (["--devices=8"], "--devices=8: no mesh fits into 60.0 GB of h100; the least is "),
         (["--devices=0"], "--devices=0: must be from 1 to 32768"),
-        (["--hardware=b200"], "--hardware=b200: must be one of h100, h800, h200"),
+        (["--hardware=b200"], "--hardware=b200: must be one of h100, h800, h200, a100"),
         (
             ["--config.mesh.expert=8", "--config.parallel.expert_backend=dense"],
             "parallel.expert_backend='dense': must be auto, allgather or all_to_all",

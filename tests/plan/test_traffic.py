@@ -4,7 +4,7 @@ import pytest
 
 from longcat_jax.config import MeshConfig
 from longcat_jax.parallel import hlo
-from longcat_jax.plan.hardware import Load, find, group, load
+from longcat_jax.plan.hardware import Load, find, group, load, of_device
 from longcat_jax.plan.job import Job
 from longcat_jax.plan.traffic import exchanges, flows
 from tests.helpers import exact
@@ -47,7 +47,7 @@ def test_a_load_takes_as_long_as_the_slower_link():
     inside, outside = Load(450e9 * 0.67, 0), Load(450e9 * 0.67, 80e9)
     assert inside.seconds(h100) == pytest.approx(1) and outside.seconds(h100) == pytest.approx(2)
     assert inside.seconds(h800) == pytest.approx(2.25)
-    with pytest.raises(ValueError, match="--hardware=b200: must be one of h100, h800, h200"):
+    with pytest.raises(ValueError, match="--hardware=b200: must be one of h100, h800, h200, a100"):
         find("b200")
 
 
@@ -117,3 +117,9 @@ def test_bytes_of_a_compiled_step_are_those_planned(case):
         extra = 0 if kind in ("all-gather", "all-to-all") else small
         assert 0.99 * payload <= actual <= payload + extra, f"{kind} over {axes}"
     assert sum(rest.values()) <= small and {kind for kind, _ in rest} <= {"all-reduce"}
+
+
+def test_devices_are_known_by_the_names_that_jax_gives_them():
+    assert of_device("NVIDIA H100 80GB HBM3") is find("h100")
+    assert of_device("NVIDIA A100-SXM4-80GB").flops == 312e12
+    assert of_device("cpu") is None and of_device("NVIDIA L4") is None
