@@ -24,6 +24,7 @@ from experiments.bench import timing
 from pallas_kernels import (
     gather_combine,
     gather_rows,
+    gather_sum,
     grouped_gemm,
     grouped_gemm_weight_gradient,
     scatter_add,
@@ -322,33 +323,31 @@ def bench_scatter(rounds: int) -> None:
     timing.table("scatter-add, ms", [*contenders, f"{timing.REPEATS} runs bit-equal"], rows)
 
 
-def _dispatch(name: str) -> Callable[..., Any]:
-    def dispatch(values: Any, x: Any, weights: Any, slots: Any, token: Any, dout: Any) -> Any:
-        return gather_rows(x, token, slots, implementation=name)
-
-    return dispatch
-
-
 def _gather_functions() -> dict[str, Callable[..., Any]]:
-    """Dispatch and combine; arguments (values, x, weights, slots, token of row, dout)."""
+    """Dispatch and combine, each the other's gradient, and the weighed combine that the model does
+    not use; arguments (values, x, weights, slots, token of row, dout).
+    """
 
-    def combine(values: Any, x: Any, weights: Any, slots: Any, token: Any, dout: Any) -> Any:
+    def rows(name: str) -> Callable[..., Any]:
+        def run(values: Any, x: Any, weights: Any, slots: Any, token: Any, dout: Any) -> Any:
+            return gather_rows(x, token, slots, implementation=name)
+
+        return run
+
+    def add(values: Any, x: Any, weights: Any, slots: Any, token: Any, dout: Any) -> Any:
+        return gather_sum(values, token, slots)
+
+    def weigh(values: Any, x: Any, weights: Any, slots: Any, token: Any, dout: Any) -> Any:
         return gather_combine(values, slots, weights)
 
     def gradient(values: Any, x: Any, weights: Any, slots: Any, token: Any, dout: Any) -> Any:
         return jax.vjp(lambda v, w: gather_combine(v, slots, w), values, weights)[1](dout)
 
-    def dispatch_gradient(
-        values: Any, x: Any, weights: Any, slots: Any, token: Any, dout: Any
-    ) -> Any:
-        return jax.vjp(lambda x: gather_rows(x, token, slots), x)[1](values)
-
     return {
-        "combine": combine,
-        "combine, gradient": gradient,
-        "dispatch, reference": _dispatch("reference"),
-        **{f"dispatch, {kind}": _dispatch(kind) for kind in KINDS.values()},
-        "dispatch, gradient": dispatch_gradient,
+        **{f"dispatch, {kind}": rows(kind) for kind in ("reference", *KINDS.values())},
+        "combine": add,
+        "weighed combine": weigh,
+        "weighed combine, gradient": gradient,
     }
 
 
@@ -382,9 +381,10 @@ def bench_gather(rounds: int) -> None:
         contenders = {n: timing.jax_contender(c, args, 1) for n, c in compiled.items()}
         cells = {}
         for name, seconds in sorted(timing.medians(contenders, rounds=rounds).items()):
-            sweeps = {"combine": 1, "combine, gradient": 3, "dispatch, gradient": 1}.get(name, 2)
+            gradient = name.endswith("gradient")
+            sweeps = 3 if gradient else 2 if name.startswith("dispatch") else 1
             moved = 2 * width * (sweeps * rows + (tokens if sweeps == 1 else 0))
-            distinct = 2 * width * (rows * (2 if name == "combine, gradient" else 1) + tokens)
+            distinct = 2 * width * (rows * (2 if gradient else 1) + tokens)
             rates = [f"{n / seconds / 1e12:.2f}" for n in (moved, distinct)]
             equal = str(timing.repeatable(compiled[name], *args))
             cells[name] = [f"{1e3 * seconds:.3f}", *rates, equal]

@@ -14,7 +14,14 @@ import pytest
 from longcat_jax.model.experts import real_experts
 from longcat_jax.sharding import batch_sharding, make_mesh
 from longcat_jax.train_step import compile_train_step, state_from_params
-from pallas_kernels import _common, gather_combine, gather_rows, grouped_gemm, scatter_add
+from pallas_kernels import (
+    _common,
+    gather_combine,
+    gather_rows,
+    gather_sum,
+    grouped_gemm,
+    scatter_add,
+)
 from tests.helpers import random_batch, random_params, tiny_config, token_bytes
 from tests.kernels import helpers, scatter_order
 
@@ -82,18 +89,15 @@ def routed(seed, tokens, rows):
 
 
 def dispatch(x, drows, token_of_row, slots, implementation):
-    run = functools.partial(
-        gather_rows,
-        token_of_row_R=token_of_row,
-        slots_TK=slots,
-        implementation=implementation,
-    )
-    rows, vjp = jax.vjp(run, x)
-    return rows, *vjp(drows)
+    """Rows out and sums back, with their gradients."""
+    indices = dict(token_of_row_R=token_of_row, slots_TK=slots, implementation=implementation)
+    rows, rows_vjp = jax.vjp(functools.partial(gather_rows, **indices), x)
+    out, out_vjp = jax.vjp(functools.partial(gather_sum, **indices), drows)
+    return rows, *rows_vjp(drows), out, *out_vjp(x)
 
 
 @pytest.mark.parametrize("width", [128, 6144])
-def test_dispatch_equals_reference(width):
+def test_dispatch_and_combine_equal_the_reference(width):
     token_of_row, slots = routed(3, 501, 2500)
     x, drows = spread(4, 501, width), spread(5, 2500, width)
     run = jax.jit(dispatch, static_argnums=4)
