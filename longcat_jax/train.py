@@ -36,7 +36,6 @@ from longcat_jax.metrics import (
     read_metrics,
 )
 from longcat_jax.model import count
-from longcat_jax.optim import schedules
 from longcat_jax.optim.frozen import frozen_mask
 from longcat_jax.parallel import multihost
 from longcat_jax.plan import hardware
@@ -85,8 +84,6 @@ class Trainer:
         self.state, self.step = self._start()
         self.recent = deque(_losses_so_far(directory, self.step), maxlen=LOSS_WINDOW)
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        self.rate = schedules.learning_rate(config.optim, config.train.steps)
-        self.gain = schedules.pid_gain(config.optim, config.train.steps)
         self.flops_per_token = count.training_flops_per_token(
             config.model, config.train.sequence_length
         )
@@ -215,12 +212,7 @@ class Trainer:
         if peak:
             shared["mfu"] = rate * self.flops_per_token / peak
         for step, metrics in fetched:
-            schedule = {
-                "learning_rate": float(self.rate(step - 1)),
-                "pid_mu": float(self.gain(step - 1)),
-            }
-            values = {name: float(value) for name, value in metrics.items()}
-            line = {**values, **schedule, **shared}
+            line = {name: float(value) for name, value in metrics.items()} | shared
             self.writer.write(step, line)
         self.writer.flush()
         self.pending.clear()

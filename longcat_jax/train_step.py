@@ -28,6 +28,7 @@ from longcat_jax.losses import (
     total_loss,
 )
 from longcat_jax.model import longcat
+from longcat_jax.optim import schedules
 from longcat_jax.optim.chain import make_optimizer
 from longcat_jax.optim.frozen import frozen_mask, stop_frozen_gradients
 from longcat_jax.parallel.compiler import compiler_options
@@ -203,6 +204,8 @@ def train_step(
         "z_loss": terms.z_loss,
         "bits_per_byte": bits / jnp.maximum(text_bytes, 1),
         "grad_norm": optax.tree.norm(grads),
+        "learning_rate": schedules.learning_rate(config.optim, config.train.steps)(state.step),
+        "pid_mu": schedules.pid_gain(config.optim, config.train.steps)(state.step),
         **router_metrics(counts, config),
     }
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from longcat_jax.losses import RouterCounts, cross_entropy, denominators, loss_terms, target_masks
+from longcat_jax.optim import schedules
 from longcat_jax.sharding import make_mesh
 from longcat_jax.train_step import (
     compile_train_step,
@@ -132,9 +133,13 @@ def test_bits_per_byte_is_nats_over_ln_2_and_the_bytes_of_the_targets():
 def test_metrics_are_finite_and_complete():
     names = {"loss", "loss_total", "mtp_loss", "balance_loss", "z_loss", "bits_per_byte"}
     names |= {"grad_norm", "experts_per_token", "experts_per_token_std"}
-    names |= {"max_load", "max_load_mean", "selections_left_out"}
-    for step in trained().losses:
+    names |= {"max_load", "max_load_mean", "selections_left_out", "learning_rate", "pid_mu"}
+    optim, steps = tiny_config().optim, tiny_config().train.steps
+    for index, step in enumerate(trained().losses):
         metrics = dict(step)
+        rate = schedules.learning_rate(optim, steps)(index)
+        assert metrics["learning_rate"] == pytest.approx(float(rate), rel=1e-12)
+        assert metrics["pid_mu"] == pytest.approx(float(schedules.pid_gain(optim, steps)(index)))
         assert set(metrics) == names
         assert metrics.pop("selections_left_out") == 0
         assert all(np.isfinite(value) and value > 0 for value in metrics.values())
