@@ -19,6 +19,7 @@ from longcat_jax.dataclass_mapping import differences as differences
 from longcat_jax.dataclass_mapping import override as override
 from longcat_jax.dataclass_mapping import read_json as read_json
 from longcat_jax.dataclass_mapping import to_mapping as to_mapping
+from pallas_kernels import KINDS
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMAT_POLICIES = ("none", "selective", "full")
@@ -290,8 +291,8 @@ class TrainConfig:
     compilation takes longer.
     """
     vocab_chunk: int = 8192
-    """Columns of the unembedding per piece of the cross-entropy: no [tokens, vocabulary] array is
-    ever whole.
+    """Columns of the unembedding per piece of the cross-entropy. Below the vocabulary no [tokens,
+    vocabulary] array is ever whole; else there is one, and no logit is computed twice.
     """
     max_loss_rise: float = 2.0
     """Training stops when the loss stands this many nats above the median of the last 100 steps."""
@@ -476,6 +477,8 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     proxy: ProxyConfig = ProxyConfig()
     seed: int = 0
+    kernels: str = "auto"
+    """"auto": the best for the machine; "reference": plain jnp, to hold them against."""
     deterministic: bool = True
     """The same bits in every run. On a GPU XLA then takes the algorithm for a product that cuBLAS
     names, instead of measuring several at start, which may end otherwise the next time; all else is
@@ -487,6 +490,7 @@ class Config:
     """
 
     def __post_init__(self) -> None:
+        require(self.kernels in KINDS, "kernels", self.kernels, f"one of {', '.join(KINDS)}")
         self._check_batch()
         self._check_shards()
         groups, experts = self.optim.balance.groups, self.model.n_routed_experts

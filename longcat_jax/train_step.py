@@ -4,6 +4,7 @@ A micro-batch A of accumulation, B batch, T tokens, L layers, E router outputs, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,20 @@ from longcat_jax.parallel.compiler import compiler_options
 from longcat_jax.parallel.expert import capacity, chosen
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import BATCH_AXES, parameter_shardings
+from pallas_kernels import kernels
 
 Metrics = dict[str, jax.Array]
+
+
+def _with_its_kernels[**P_, R](traced: Callable[P_, R]) -> Callable[P_, R]:
+    """The function, traced with the kernels that its `config` asks for."""
+
+    @functools.wraps(traced)
+    def run(*args: P_.args, **kwargs: P_.kwargs) -> R:
+        with kernels(kwargs["config"].kernels):
+            return traced(*args, **kwargs)
+
+    return run
 
 
 @struct.dataclass
@@ -177,6 +190,7 @@ def router_metrics(counts: RouterCounts, config: Config) -> Metrics:
     }
 
 
+@_with_its_kernels
 def train_step(
     state: TrainState, batch: Batch, token_bytes_W: jax.Array, *, config: Config
 ) -> tuple[TrainState, Metrics]:
@@ -237,6 +251,7 @@ class EvaluationSums:
     real_histogram: jax.Array
 
 
+@_with_its_kernels
 def evaluation_step(
     params: Any, batch: Batch, token_bytes_W: jax.Array, *, config: Config
 ) -> EvaluationSums:
@@ -289,6 +304,7 @@ def _evaluation_sums(
     )
 
 
+@_with_its_kernels
 def router_watch(params: Any, batch: Batch, *, config: Config) -> Metrics:
     """Per layer: mean pairwise cosine of the router's rows, and R_g (SPEC 3).
 

@@ -27,7 +27,7 @@ DATA = "data"
 FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every")
 FREE += ("train.keep_last", "train.keep_best", "train.max_loss_rise", "data.prefetch", "mesh.")
 FREE += ("train.accumulate", "train.remat", "train.unroll", "parallel.")
-FREE += ("deterministic",)
+FREE += ("kernels", "deterministic")
 """Keys that don't change what is learnt, but for selections that a capacity leaves out: a resumed
 run may set them anew.
 """

@@ -6,7 +6,7 @@ no floating-point scatter appears in its value or its gradients. `implementation
 best one for the platform; a named one is used or refused with a ValueError, never replaced.
 """
 
-from pallas_kernels._common import HOPPER, RESULT, made_for
+from pallas_kernels._common import HOPPER, KINDS, RESULT, kernels, made_for
 from pallas_kernels.flash_mla import flash_mla
 from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_sum
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
@@ -15,6 +15,7 @@ from pallas_kernels.scatter_add import scatter_add
 
 __all__ = [
     "HOPPER",
+    "KINDS",
     "RESULT",
     "flash_mla",
     "gather_combine",
@@ -22,6 +23,7 @@ __all__ = [
     "gather_sum",
     "grouped_gemm",
     "grouped_gemm_weight_gradient",
+    "kernels",
     "made_for",
     "mla_decode",
     "scatter_add",

@@ -13,6 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 HOPPER = (9, 0)  # compute capabilities
 AMPERE = (8, 0)
+AUTO = "auto"
+KINDS = (AUTO, "reference")
 
 
 RESULT = "kernel_result"
@@ -137,6 +139,22 @@ def made_for(capability: tuple[int, int]) -> Iterator[None]:
         _made_for.reset(token)
 
 
+_kind: contextvars.ContextVar[str] = contextvars.ContextVar("kind", default=AUTO)
+
+
+@contextlib.contextmanager
+def kernels(kind: str) -> Iterator[None]:
+    """Operators that are traced inside and name no implementation take that of this kind: AUTO, the
+    best one for the machine, or "reference".
+    """
+    require(kind in KINDS, f"kernels({kind!r}): choose one of {', '.join(KINDS)}")
+    token = _kind.set(kind)
+    try:
+        yield
+    finally:
+        _kind.reset(token)
+
+
 def compute_capability() -> tuple[int, int] | None:
     """(major, minor) of the GPU that programs are for: inside of `made_for` its own, else that of
     the one they run on by default; None without a GPU, (0, 0) for one that is not NVIDIA's.
@@ -166,7 +184,9 @@ def _missing(name: str) -> str:
 
 
 def _preferred() -> str:
-    """The kind of kernel that is made for the machine."""
+    """The kind of kernel that is made for the machine, unless `kernels` says otherwise."""
+    if _kind.get() != AUTO:
+        return _kind.get()
     capability = compute_capability()
     if capability == HOPPER:
         return "mosaic"

@@ -172,3 +172,13 @@ def test_made_for_another_machine(machine):
         assert _common.compute_capability() == _common.HOPPER
         assert choose(None) == "mosaic"
     assert choose(None) == "reference"
+
+
+def test_reference_kernels_where_none_is_named(machine):
+    machine(_common.HOPPER)
+    with _common.kernels("reference"):
+        assert choose(None) == "reference"
+        assert choose("mosaic") == "mosaic"
+    assert choose(None) == "mosaic"
+    with pytest.raises(ValueError, match="choose one of auto, reference"), _common.kernels("best"):
+        pass
