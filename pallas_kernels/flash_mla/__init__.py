@@ -48,9 +48,7 @@ def _misfit(
 
 _IMPLEMENTATIONS = {
     "reference": _common.Implementation(reference.flash_mla),
-    # Not by default until tests/kernels/test_flash_mla_gpu.py has passed on a GPU. The form that
-    # ran there last gave NaN; a cause was found in its machine code and mended, but not run again.
-    "mosaic": _common.Implementation(_mosaic, _misfit, by_default=False),
+    "mosaic": _common.Implementation(_mosaic, _misfit),
 }
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _common
 from pallas_kernels.flash_mla import mosaic_backward, mosaic_forward, mosaic_queries, schedule
 
 # The backward keeps dS of as many heads at a time as fit into this, of one at least: B * T^2 bytes.
-SCRATCH_BYTES = 5 << 28
+SCRATCH_BYTES = 9 << 28
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -42,7 +43,7 @@ def _backward(scale: float, residuals: tuple[Any, ...], dout_BTHV: jax.Array) ->
     wide = [x.astype(jnp.float32) for x in (out_BTHV, dout_BTHV)]
     delta_BHT = jnp.swapaxes(jnp.sum(wide[0] * wide[1], axis=3), 1, 2)
     delta_BHL = jnp.pad(delta_BHT, ((0, 0), (0, 0), (0, lse_BHL.shape[2] - tokens)))
-    operands = q_BTHQ, keys, v_BSHV, dout_BTHV, lse_BHL, delta_BHL
+    operands = mosaic_backward.Operands(q_BTHQ, keys, v_BSHV, dout_BTHV, lse_BHL, delta_BHL)
     tiles = batch * schedule.num_tiles(tokens, v_BSHV.shape[1], offset)
     group = max(1, SCRATCH_BYTES // (tiles * schedule.TILE_BYTES))
     group = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= group)
@@ -94,12 +95,12 @@ def flash_mla(
     tokens = q_BTHQ.shape[1]
     keys = (k_BSHQ,) if k_rope is None else (k_BSHQ, k_rope)
     offset = None if q_offset is None else jnp.asarray(q_offset, jnp.int32).reshape(1)
-    q_BTHQ, v_BSHV, *keys = (_for_tma(x) for x in (q_BTHQ, v_BSHV, *keys))
+    q_BTHQ, v_BSHV, *keys = (_in_tiles(x) for x in (q_BTHQ, v_BSHV, *keys))
     return _attend(scale, q_BTHQ, tuple(keys), v_BSHV, segment_ids, offset)[:, :tokens]
 
 
-def _for_tma(x_BT: jax.Array) -> jax.Array:
-    """Zeros after the last token: TMA counts tokens by 8, and loads no more than the array has."""
+def _in_tiles(x_BT: jax.Array) -> jax.Array:
+    """Zeros after the last token: all tiles are whole, for what reads them without TMA."""
     tokens = x_BT.shape[1]
-    padded = max(-(-tokens // 8) * 8, schedule.PADDING)
+    padded = pl.cdiv(tokens, schedule.PADDING) * schedule.PADDING
     return jnp.pad(x_BT, ((0, 0), (0, padded - tokens), *((0, 0),) * (x_BT.ndim - 2)))

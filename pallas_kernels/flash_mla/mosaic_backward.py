@@ -36,7 +36,9 @@ SHAPE = (CHUNK, CHUNK)
 
 
 class Buffers(NamedTuple):
-    """Shared memory: this CTA's keys and values, queries and their like by stage, barriers."""
+    """Shared memory: keys and values where they are read from there, chunks of queries and their
+    like by stage, tiles that cross or leave, barriers.
+    """
 
     k: Any
     v: Any
@@ -49,13 +51,23 @@ class Buffers(NamedTuple):
     ds: Any
     k_full: Any
     v_full: Any
-    v_done: Any
     q_full: Any
     dout_full: Any
     q_free: Any
     dout_free: Any
     p_full: Any
     p_free: Any
+
+
+class Operands(NamedTuple):
+    """In device memory; `keys` are the parts of the keys."""
+
+    q: Any
+    keys: tuple[Any, ...]
+    v: Any
+    dout: Any
+    lse: Any
+    delta: Any
 
 
 class Place(NamedTuple):
@@ -80,9 +92,18 @@ class Place(NamedTuple):
 def _buffer_types(widths: tuple[int, int], dtype: Any, tiling: schedule.Backward) -> Buffers:
     q_stages, dout_stages, f32 = tiling.q_stages, tiling.dout_stages, jnp.float32
     pieces, value_pieces = (width // PIECE for width in widths)
+
+    def own(number: int, registers: bool) -> tuple[Any, Any]:
+        if registers:
+            return None, None
+        buffer = mosaic_tile.shared(dtype, number, CHUNK, PIECE)
+        return buffer, plgpu.Barrier(num_arrivals=number)
+
+    k, k_full = own(pieces, tiling.k_registers)
+    v, v_full = own(value_pieces, tiling.v_registers)
     return Buffers(
-        k=mosaic_tile.shared(dtype, pieces, CHUNK, PIECE),
-        v=mosaic_tile.shared(dtype, value_pieces, CHUNK, PIECE),
+        k=k,
+        v=v,
         q=mosaic_tile.shared(dtype, q_stages, CHUNK, widths[0]),
         dout=mosaic_tile.shared(dtype, dout_stages, CHUNK, widths[1]),
         lse=plgpu.SMEM((q_stages, CHUNK), f32),
@@ -91,9 +112,8 @@ def _buffer_types(widths: tuple[int, int], dtype: Any, tiling: schedule.Backward
         p=mosaic_tile.shared(jnp.float16, SLOTS, CHUNK, CHUNK),
         weights=mosaic_tile.shared(dtype, SLOTS, CHUNK, CHUNK),  # P as its product reads it
         ds=mosaic_tile.shared(dtype, SLOTS, CHUNK, CHUNK),
-        k_full=plgpu.Barrier(num_arrivals=pieces),
-        v_full=plgpu.Barrier(num_arrivals=value_pieces),
-        v_done=plgpu.Barrier(),
+        k_full=k_full,
+        v_full=v_full,
         q_full=plgpu.Barrier(num_arrivals=2, num_barriers=q_stages),
         dout_full=plgpu.Barrier(num_arrivals=2, num_barriers=dout_stages),
         q_free=plgpu.Barrier(num_arrivals=2, num_barriers=q_stages),
@@ -118,15 +138,15 @@ def _take_what_is_left(ring: Any, count: jax.Array) -> None:
     )
 
 
-def _load(place: Place, operands: tuple[Any, ...], smem: Buffers) -> None:
+def _load(place: Place, operands: Operands, smem: Buffers) -> None:
     """The loading warpgroup: keys and values, then chunks of queries and their like."""
     plgpu.set_max_registers(mosaic_tile.LOADER_REGISTERS, action="decrease")
-    q, keys, v, dout, lse, delta = operands
+    q, _, _, dout, lse, delta = operands
     b, h = place.batch, place.head
-    rows = pl.ds(place.row, CHUNK)
-    parts = [mosaic_tile.of_head(key, b, rows, h) for key in keys]
-    mosaic_tile.load_pieces(parts, smem.k, smem.k_full)
-    mosaic_tile.load_pieces([v.at[b, rows, h]], smem.v, smem.v_full)
+    if smem.k is not None:
+        mosaic_tile.load_pieces(_keys(place, operands), smem.k, smem.k_full)
+    if smem.v is not None:
+        mosaic_tile.load_pieces(_values(place, operands), smem.v, smem.v_full)
     streams = (
         (q, lse, smem.q, smem.lse, smem.q_full, smem.q_free),
         (dout, delta, smem.dout, smem.delta, smem.dout_full, smem.dout_free),
@@ -145,6 +165,17 @@ def _load(place: Place, operands: tuple[Any, ...], smem: Buffers) -> None:
     _take_what_is_left(smem.dout_free, place.count)
 
 
+def _keys(place: Place, operands: Operands) -> list[Any]:
+    """This CTA's rows of the parts of the keys, in memory."""
+    rows = pl.ds(place.row, CHUNK)
+    return [mosaic_tile.of_head(key, place.batch, rows, place.head) for key in operands.keys]
+
+
+def _values(place: Place, operands: Operands) -> list[Any]:
+    """This CTA's rows of the values, in memory."""
+    return [operands.v.at[place.batch, pl.ds(place.row, CHUNK), place.head]]
+
+
 def _multiply(accumulator: Any, own: list[Any], streamed: Any, full: Any) -> None:
     """accumulator += own @ streamed^T, piece by piece."""
     plgpu.barrier_wait(full)
@@ -153,11 +184,16 @@ def _multiply(accumulator: Any, own: list[Any], streamed: Any, full: Any) -> Non
         plgpu.wgmma(accumulator, piece, columns.transpose((1, 0)))
 
 
-def _own(pieces: Any, *, registers: bool) -> list[Any]:
-    """Pieces of a left operand, as they are or in registers."""
-    if not registers:
+def _own(sources: list[Any], pieces: Any, full: Any) -> list[Any]:
+    """Pieces of a left operand: in shared memory if they go there, else in registers."""
+    if pieces is not None:
+        plgpu.barrier_wait(full)
         return [pieces.at[i] for i in range(pieces.shape[0])]
-    return [plgpu.load(pieces.at[i], layout=MATRIX) for i in range(pieces.shape[0])]
+    return [
+        plgpu.load(source.at[:, pl.ds(column, PIECE)], layout=MATRIX, optimized=False)
+        for source in sources
+        for column in range(0, source.shape[-1], PIECE)
+    ]
 
 
 class Walk(NamedTuple):
@@ -165,8 +201,8 @@ class Walk(NamedTuple):
 
     Attributes:
       first: (accumulator, t) issues the chunk's first product, a tile.
-      second: (sums, tile, t, issue_next, masked) makes the left operand of the summed product from
-        the tile and issues it; calls `issue_next` before.
+      second: (sums, tile, t, issue_next, commit, masked) makes the left operand of the summed
+        product from the tile and issues it; calls `issue_next` and then `commit` before.
       free: barriers to arrive at when the summed product of a chunk is done.
       spans: (stop, masked): chunks before `stop` that no earlier span has. The last chunk follows
         them, masked.
@@ -183,8 +219,9 @@ class Walk(NamedTuple):
 def _sum_chunks(walk: Walk, count: jax.Array) -> jax.Array:
     """The sums [64, width] of a computing warpgroup.
 
-    Products end in the order of their issue: when the next chunk's first one is done, one product
-    may be in flight, this chunk's summed one, and that of the chunk before is done.
+    Products end in the order of their issue: chunk t - 1's summed one, chunk t + 1's first one,
+    chunk t's summed one. At `commit` one may be in flight, and what chunk t - 1 read is given back;
+    all threads then know that its left operand was read, too.
     """
     last = count - 1
 
@@ -197,15 +234,14 @@ def _sum_chunks(walk: Walk, count: jax.Array) -> jax.Array:
                     if not is_last:
                         walk.first(ahead_ref, t + 1)
 
-                walk.second(sums_ref, tile, t, issue_next, masked)
-                following = None
-                if is_last:
-                    plgpu.wgmma_wait(1)
-                else:
-                    following = plgpu.wgmma_accumulator_load(ahead_ref, wait_n=1)
-                before = _slot(walk.free, t - 1)
-                pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
-                return following
+                def commit() -> None:
+                    plgpu.wgmma_wait(0 if is_last else 1)
+                    plgpu.commit_smem()
+                    before = _slot(walk.free, t - 1)
+                    pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
+
+                walk.second(sums_ref, tile, t, issue_next, commit, masked)
+                return None if is_last else plgpu.wgmma_accumulator_load(ahead_ref, wait_n=1)
 
             return work() if is_last else pl.run_scoped(work, plgpu.ACC(SHAPE, jnp.float32))
 
@@ -229,14 +265,13 @@ def _sum_chunks(walk: Walk, count: jax.Array) -> jax.Array:
 
 def _sum_values(
     place: Place,
+    operands: Operands,
     segments: schedule.Segments | None,
     smem: Buffers,
-    tiling: schedule.Backward,
     scale: float,
 ) -> jax.Array:
     """S, P and dv, which it returns."""
-    plgpu.barrier_wait(smem.k_full)
-    keys = _own(smem.k, registers=tiling.k_registers)
+    keys = _own(_keys(place, operands), smem.k, smem.k_full)
 
     def multiply_queries(ref: Any, t: jax.Array) -> None:
         _multiply(ref, keys, _slot(smem.q, t), _slot(smem.q_full, t))
@@ -251,7 +286,12 @@ def _sum_values(
         return mosaic_tile.visible(SHAPE, Side(1, stand, ids[0]), Side(0, place.row, ids[1]))
 
     def second(
-        sums_ref: Any, scores: jax.Array, t: jax.Array, issue_next: Callable, masked: bool
+        sums_ref: Any,
+        scores: jax.Array,
+        t: jax.Array,
+        issue_next: Callable,
+        commit: Callable,
+        masked: bool,
     ) -> None:
         if not masked:
             issue_next()
@@ -264,11 +304,11 @@ def _sum_values(
         half = lax.rem(t, jnp.int32(SLOTS))
         smem.p[half] = p.astype(smem.p.dtype)
         smem.weights[half] = p.astype(smem.weights.dtype)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(smem.p_full.at[half])
-        plgpu.barrier_arrive(_slot(smem.q_free, t))
         if masked:  # ids take registers: let them go first
             issue_next()
+        commit()
+        plgpu.barrier_arrive(smem.p_full.at[half])
+        plgpu.barrier_arrive(_slot(smem.q_free, t))
         plgpu.barrier_wait(_slot(smem.dout_full, t))
         plgpu.wgmma(sums_ref, smem.weights.at[half], _slot(smem.dout, t))
 
@@ -282,13 +322,12 @@ def _sum_values(
 
 
 def _sum_keys(
-    place: Place, ds_out: Any, smem: Buffers, tiling: schedule.Backward, scale: float
+    place: Place, operands: Operands, ds_out: Any, smem: Buffers, scale: float
 ) -> jax.Array:
     """dP, dS, which it stores, and dk, which it returns."""
     block = lax.div(place.row, jnp.int32(CHUNK))
     ahead = schedule.chunks_ahead(place.offset)
-    plgpu.barrier_wait(smem.v_full)
-    values = _own(smem.v, registers=tiling.v_registers)
+    values = _own(_values(place, operands), smem.v, smem.v_full)
 
     def multiply_dout(ref: Any, t: jax.Array) -> None:
         _multiply(ref, values, _slot(smem.dout, t), _slot(smem.dout_full, t))
@@ -304,7 +343,12 @@ def _sum_keys(
         copy() if place.offset is None else pl.when(block <= i + ahead)(copy)
 
     def second(
-        sums_ref: Any, dp: jax.Array, t: jax.Array, issue_next: Callable, masked: bool
+        sums_ref: Any,
+        dp: jax.Array,
+        t: jax.Array,
+        issue_next: Callable,
+        commit: Callable,
+        masked: bool,
     ) -> None:
         del masked  # P is 0 there
         issue_next()
@@ -317,7 +361,7 @@ def _sum_keys(
         plgpu.barrier_arrive(smem.p_free.at[half])
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         smem.ds[half] = (p * centered).astype(smem.ds.dtype)
-        plgpu.commit_smem()
+        commit()
         store(t, half)
         plgpu.barrier_wait(_slot(smem.q_full, t))
         plgpu.wgmma(sums_ref, smem.ds.at[half], _slot(smem.q, t))
@@ -327,7 +371,7 @@ def _sum_keys(
     return _sum_chunks(walk, place.count) * scale
 
 
-def _store_keys(dk: jax.Array, place: Place, targets: tuple[Any, ...], pieces: Any) -> None:
+def _store_keys(dk: jax.Array, place: Place, targets: tuple[Any, ...], slots: Any) -> None:
     """Parts of dk: those of a head rounded, by way of shared memory; that of all heads as it is."""
     column = 0
     for target in targets:
@@ -336,12 +380,12 @@ def _store_keys(dk: jax.Array, place: Place, targets: tuple[Any, ...], pieces: A
         if target.dtype == jnp.float32:
             rows[...] = part
         else:
-            mosaic_tile.store_pieces(part.astype(target.dtype), pieces, rows)
+            mosaic_tile.store_by_slots(part.astype(target.dtype), slots, rows)
         column += target.shape[3]
 
 
 def key_gradients(
-    operands: tuple[Any, ...],
+    operands: Operands,
     segment_ids: jax.Array | None,
     offset: jax.Array | None,
     *,
@@ -352,7 +396,8 @@ def key_gradients(
 
     Args:
       operands: q [B, T, H, Q]; parts of the keys, [B, S, H, width] or [B, S, width] for all heads;
-        v [B, S, H, V]; dout [B, T, H, V]; log-sum-exp to base 2 and sum(out * dout) [B, H, L].
+        v [B, S, H, V]; dout [B, T, H, V]; log-sum-exp to base 2 and sum(out * dout) [B, H, L]. T
+        and S are multiples of 64.
       segment_ids: [B, S], None for one segment.
       offset: [1] int32, place of the first query; None: T == S.
       scale: factor of the scores.
@@ -362,14 +407,15 @@ def key_gradients(
       The parts' gradients [B, S, heads, width]; of the one for all heads every head's in float32,
       its rows padded. dv. Tiles of dS^T [B, heads, N, 64, 64].
     """
-    q_BTHQ, keys, v_BSHV = operands[:3]
+    q_BTHQ, keys, v_BSHV = operands.q, operands.keys, operands.v
     (batch, tokens, _, width), (_, num_keys, _, value_width) = q_BTHQ.shape, v_BSHV.shape
-    tiling = schedule.backward(width, value_width, segments=segment_ids is not None)
+    tiling = schedule.backward(width, value_width)
     dtype, num_heads = q_BTHQ.dtype, heads.count
     chunks, key_chunks = schedule.chunks(tokens), schedule.chunks(num_keys)
+    grid = schedule.grid(batch, num_heads, key_chunks)
 
     def locate(first_head: Any, segments: Any, offset: Any) -> Place:
-        tile, b, own = (lax.axis_index(name) for name in ("tile", "batch", "head"))
+        b, own, tile = grid.place()
         row, start, masked, stand = tile * CHUNK, tile, tile + 1, None
         if offset is not None:
             stand = offset[0]
@@ -384,25 +430,24 @@ def key_gradients(
         head = own if first_head is None else first_head[0] + own
         return Place(b, head, own, row, stand, start, masked - start, whole - start, end - start)
 
-    def kernel(operands: Any, tables: Any, dkeys: Any, dv: Any, ds: Any, smem: Buffers) -> None:
+    def kernel(
+        operands: Operands, tables: Any, dkeys: Any, dv: Any, ds: Any, smem: Buffers
+    ) -> None:
         place, warpgroup, segments = locate(*tables), lax.axis_index("warpgroup"), tables[1]
 
         @pl.when(warpgroup == 0)
         def _() -> None:
             plgpu.set_max_registers(mosaic_tile.COMPUTE_REGISTERS, action="increase")
-            sums = _sum_values(place, segments, smem, tiling, scale)
-            plgpu.barrier_wait(smem.v_done)
+            sums = _sum_values(place, operands, segments, smem, scale)
             target = dv.at[place.batch, pl.ds(place.row, CHUNK), place.own_head]
-            mosaic_tile.store_pieces(sums.astype(dtype), smem.v, target)
+            mosaic_tile.store_by_slots(sums.astype(dtype), smem.weights, target)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 1)
         def _() -> None:
             plgpu.set_max_registers(mosaic_tile.COMPUTE_REGISTERS, action="increase")
-            sums = _sum_keys(place, ds, smem, tiling, scale)
-            # The other warpgroup has read the keys before it gave away P.
-            plgpu.barrier_arrive(smem.v_done)
-            _store_keys(sums, place, dkeys, smem.k)
+            sums = _sum_keys(place, operands, ds, smem, scale)
+            _store_keys(sums, place, dkeys, smem.ds)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == LOADER)
@@ -426,12 +471,12 @@ def key_gradients(
             jax.ShapeDtypeStruct(tiles, dtype),
         ),
         scratch_types=(_buffer_types((width, value_width), dtype, tiling),),
-        grid=(batch, num_heads, key_chunks),
-        grid_names=("batch", "head", "tile"),
+        grid=grid.sizes,
+        grid_names=grid.names,
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="flash_mla_keys",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(operands, (heads.first, segments, offset))
     axes = _common.varying_axes(*jax.tree.leaves(operands))
     return jax.tree.map(lambda x: _common.vary(x, axes), results)

@@ -258,11 +258,13 @@ def attend(
     tiling = schedule.forward(width, value_width, segments=segment_ids is not None)
     rows = schedule.QUERY_ROWS
     num_tiles = pl.cdiv(tokens, rows)
+    grid = schedule.grid(batch, heads, num_tiles)
 
     def kernel(
         q: Any, keys: Any, v: Any, segments: Any, offset: Any, out: Any, lse: Any, smem: Buffers
     ) -> None:
-        b, tile = lax.axis_index("batch"), num_tiles - 1 - lax.axis_index("tile")  # longest first
+        b, head, nth = grid.place()
+        tile = num_tiles - 1 - nth
         row = tile * rows
         stand = None if offset is None else offset[0]
         end = lax.div(row + (rows + tiling.block - 1), jnp.int32(tiling.block))
@@ -272,7 +274,7 @@ def attend(
         first = whole = tile * 0
         if segments is not None:
             first, whole = segments.end_BN[b, tile], segments.whole_BN[b, tile]
-        place = Place(b, lax.axis_index("head"), row, stand, first, whole, end)
+        place = Place(b, head, row, stand, first, whole, end)
 
         @pl.when(lax.axis_index("warpgroup") == LOADER)
         def _() -> None:
@@ -297,8 +299,8 @@ def attend(
             jax.ShapeDtypeStruct((batch, heads, num_tiles * rows), jnp.float32),
         ),
         scratch_types=(_buffer_types((width, value_width), q_BTHQ.dtype, tiling),),
-        grid=(batch, heads, num_tiles),
-        grid_names=("batch", "head", "tile"),
+        grid=grid.sizes,
+        grid_names=grid.names,
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="flash_mla_forward",

@@ -118,10 +118,11 @@ def query_gradient(
     limits = schedule.chunks(num_queries), schedule.chunks(num_keys)
     widths = [key.shape[-1] for key in keys]
     num_tiles = limits[0] // 2
+    grid = schedule.grid(batch, num_heads, num_tiles)
 
     def locate(first_head: Any, segments: Any, offset: Any) -> Place:
-        tile, b = num_tiles - 1 - lax.axis_index("tile"), lax.axis_index("batch")  # longest first
-        own = lax.axis_index("head")
+        b, own, nth = grid.place()
+        tile = num_tiles - 1 - nth
         head = own if first_head is None else first_head[0] + own
         ahead = schedule.chunks_ahead(None if offset is None else offset[0])
         first = tile * 0 if segments is None else segments.end_BN[b, tile]
@@ -163,8 +164,8 @@ def query_gradient(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch, num_queries, num_heads, sum(widths)), dtype),
         scratch_types=(scratch,),
-        grid=(batch, num_heads, num_tiles),
-        grid_names=("batch", "head", "tile"),
+        grid=grid.sizes,
+        grid_names=grid.names,
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="flash_mla_queries",

@@ -18,6 +18,7 @@ PIECE = 64  # columns of a swizzled row of shared memory, 16 bits each
 QUERY_ROWS = 2 * CHUNK  # queries of a CTA, in the forward and in their gradient
 PADDING = QUERY_ROWS  # log-sum-exp and the like are kept for whole tiles of so many queries
 SLOTS = 2  # tiles of P and of dS in shared memory in the gradient to the keys
+MULTIPROCESSORS = 132  # of an H100, for the order of tiles alone
 SHARED_MEMORY = 226 << 10  # bytes of a CTA, less what barriers and vectors take
 
 
@@ -42,7 +43,8 @@ class Backward:
 
     Attributes:
       q_stages: chunks of queries in shared memory. The warpgroup that sums values asks for chunk
-        t + 1 before the one that sums keys has let go of chunk t - 1: at least 3.
+        t + 1 before the one that sums keys has let go of chunk t - 1: at least 3, and with no more
+        it waits for all of a load.
       dout_stages: chunks of the gradient of the output there.
       k_registers: the keys are read from registers, not from shared memory.
       v_registers: the values are.
@@ -68,18 +70,18 @@ def forward(width: int, value_width: int, *, segments: bool) -> Forward:
     return Forward(block, min(most_stages(block), 256 // block), registers <= 208 and not segments)
 
 
-def backward(width: int, value_width: int, *, segments: bool) -> Backward:
+def backward(width: int, value_width: int) -> Backward:
     """Sizes for keys and values of these widths."""
     tiles = 2 * CHUNK // 2  # registers of a thread for a tile and the next one
-    # Keys and values, P in two dtypes, dS, and three chunks of queries.
-    taken = 2 * CHUNK * (4 * width + value_width) + 3 * SLOTS * TILE_BYTES
-    return Backward(
-        q_stages=3,
-        dout_stages=min((SHARED_MEMORY - taken) // (2 * CHUNK * value_width), 3),
-        # Ids of segments take the registers of the keys.
-        k_registers=value_width // 2 + tiles + width // 4 <= 176 and not segments,
-        v_registers=width // 2 + tiles + value_width // 4 <= 192,
-    )
+    k_registers = value_width // 2 + tiles + width // 4 <= 176
+    v_registers = width // 2 + tiles + value_width // 4 <= 192
+    # P in two dtypes, dS, and keys and values.
+    left = SHARED_MEMORY - 3 * SLOTS * TILE_BYTES
+    left -= 2 * CHUNK * (width * (not k_registers) + value_width * (not v_registers))
+    q_stage, dout_stage = 2 * CHUNK * width, 2 * CHUNK * value_width
+    q_stages = 4 if 4 * q_stage + 3 * dout_stage <= left else 3
+    dout_stages = min((left - q_stages * q_stage) // dout_stage, 4)
+    return Backward(q_stages, dout_stages, k_registers, v_registers)
 
 
 def query_stages(width: int) -> int:
@@ -107,6 +109,45 @@ class Heads(NamedTuple):
 
     first: jax.Array | None
     count: int
+
+
+class Grid(NamedTuple):
+    """CTAs in the order in which they start: tile after tile, each of `together` heads.
+
+    Tiles differ in their work, and each head's are ordered from the longest to the shortest. Were
+    they to start head after head, the longest of the last head would run when all else is done;
+    tile after tile of all heads would need the keys and values of all in L2. So they start in sets
+    of heads, the smallest sets whose average SM has as much to do as the longest tile.
+    """
+
+    heads: int
+    sets: int
+    tiles: int
+    together: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the axes of `sizes`."""
+        return "set", "tile", "of_set"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What `plgpu.kernel` takes."""
+        return self.sets, self.tiles, self.together
+
+    def place(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Batch, head and number of the tile, longest first, of this CTA."""
+        which = lax.axis_index("set") * self.together + lax.axis_index("of_set")
+        heads = jnp.int32(self.heads)
+        return lax.div(which, heads), lax.rem(which, heads), lax.axis_index("tile")
+
+
+def grid(batch: int, heads: int, tiles: int) -> Grid:
+    """The order of `tiles` tiles of each head; their work grows in equal steps to the longest."""
+    number = batch * heads
+    wanted = 2 * MULTIPROCESSORS // (tiles + 1)
+    together = next(n for n in range(1, number + 1) if number % n == 0 and n >= min(wanted, number))
+    return Grid(heads, number // together, tiles, together)
 
 
 def chunks(tokens: int) -> int:
