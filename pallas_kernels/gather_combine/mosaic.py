@@ -42,7 +42,8 @@ def _rows_kernel(
     """Copies rows through shared memory; loads run SLOTS - 1 rows ahead of the stores."""
     num_tokens, num_rows = x.shape[0], out.shape[0]
     mine, row_of = _my_rows(num_rows, ctas)
-    zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
+    for line in range(zeros.shape[0]):
+        zeros[line] = jnp.zeros(LINE, zeros.dtype)
     plgpu.commit_smem()
 
     def token_of(i: jax.Array) -> jax.Array:
