@@ -10,6 +10,7 @@ from pallas_kernels._common import HOPPER, KINDS, RESULT, kernels, made_for
 from pallas_kernels.flash_mla import flash_mla
 from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_sum
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
+from pallas_kernels.grouped_swiglu import grouped_swiglu
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.scatter_add import scatter_add
 
@@ -23,6 +24,7 @@ __all__ = [
     "gather_sum",
     "grouped_gemm",
     "grouped_gemm_weight_gradient",
+    "grouped_swiglu",
     "kernels",
     "made_for",
     "mla_decode",

@@ -25,13 +25,15 @@ class Kernel(NamedTuple):
     """Where it was traced, "" if the program doesn't say."""
 
 
+COMMUNICATION = "communication"
 RULES = (
+    (COMMUNICATION, r"^nccl"),
     ("copies and memsets", r"^(MemcpyD2D|Memset|MemcpyH2D|MemcpyD2H)"),
     ("optimizer", r"/optimizer/"),
     ("attention", r"^(flash_mla|mla_decode)"),
     ("expert GEMM", r"^grouped_gemm"),
     ("router", r"/router/"),
-    ("dispatch, SwiGLU, combine", r"^gather_rows|/experts/"),
+    ("dispatch, SwiGLU, combine", r"^(gather_rows|grouped_swiglu)|/experts/"),
     ("head and loss", r"cross_entropy"),
     ("dense GEMM", r"gemm|cublas|cutlass|nvjet|dot_general"),
     ("embedding", r"^scatter_add|/embed"),
@@ -88,6 +90,20 @@ def idle(found: list[Kernel]) -> float:
         total += max(0.0, kernel.start - end)
         end = max(end, kernel.start + kernel.duration)
     return total
+
+
+def communication(found: list[Kernel]) -> tuple[float, float]:
+    """Nanoseconds of communication, and those of them in which another kernel ran beside it."""
+    total = beside = 0.0
+    others = [kernel for kernel in found if part_of(kernel) != COMMUNICATION]
+    for kernel in (kernel for kernel in found if part_of(kernel) == COMMUNICATION):
+        end, reached = kernel.start + kernel.duration, kernel.start
+        total += kernel.duration
+        for other in others:  # in order of their start
+            until = min(end, other.start + other.duration)
+            beside += max(0.0, until - max(reached, other.start))
+            reached = max(reached, until)
+    return total, beside
 
 
 def breakdown(found: list[Kernel]) -> dict[str, tuple[float, int]]:

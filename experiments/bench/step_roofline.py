@@ -26,7 +26,9 @@ SHORTEST = 2e-6  # seconds of a launch
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 OUTER = ("while", "call", "conditional")  # what they run is counted by itself
 SLICES = ("dynamic-slice", "slice", "gather")
-KERNEL = re.compile(r"/(grouped_gemm|gather_rows|flash_mla_\w+|scatter_add|mla_decode)/")
+KERNEL = re.compile(
+    r"/(grouped_gemm|grouped_swiglu\w*|gather_rows|flash_mla_\w+|scatter_add|mla_decode)/"
+)
 
 
 class Operation(NamedTuple):

@@ -98,7 +98,11 @@ def print_breakdown(run: Run, kernels: int) -> None:
     """Profiles PROFILED steps and prints a table by part of the model."""
     # A graph's kernels don't say which operation they are: they are told apart in a program that
     # launches one by one, and the gaps between them are those of the real one.
-    idle = step_profile.idle(_profile(run)) / PROFILED
+    found = _profile(run)
+    idle = step_profile.idle(found) / PROFILED
+    total, beside = (time / PROFILED / 1e6 for time in step_profile.communication(found))
+    if total:
+        print(f"communication {total:.1f} ms a step, {beside:.1f} of them beside other kernels")
     run.compiled = run.lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": ""})
     jax.block_until_ready(run.step())
     found = _profile(run)

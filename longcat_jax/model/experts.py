@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longcat_jax.model.remat import keep
-from pallas_kernels import gather_rows, gather_sum, grouped_gemm
+from pallas_kernels import gather_rows, gather_sum, grouped_gemm, grouped_swiglu
 
 
 @struct.dataclass
@@ -80,14 +80,8 @@ def real_experts(
     token_of_row_R = order.slot_of_row_R // K
     rows_RD = gather_rows(x_TD, token_of_row_R, order.row_of_slot_TK)
     wide_RF = keep(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X))
-    gate_RF, up_RF = jnp.split(wide_RF, 2, axis=-1)
-    narrow_RF = _scaled(jax.nn.silu(gate_RF) * up_RF, gates_TK, order)
-    rows_RD = grouped_gemm(narrow_RF, down_XFD, order.group_sizes_X)
-    return gather_sum(rows_RD, token_of_row_R, order.row_of_slot_TK)
-
-
-def _scaled(rows_RF: jax.Array, gates_TK: jax.Array, order: Permutation) -> jax.Array:
-    """Rows times their gates."""
     slots = gates_TK.reshape(-1, 1), order.slot_of_row_R, order.row_of_slot_TK.reshape(-1, 1)
     gates_R1 = gather_rows(*slots, implementation="reference")  # numbers, not rows
-    return (rows_RF.astype(gates_R1.dtype) * gates_R1).astype(rows_RF.dtype)
+    narrow_RF = grouped_swiglu(wide_RF, gates_R1[:, 0], order.group_sizes_X.sum())
+    rows_RD = grouped_gemm(narrow_RF, down_XFD, order.group_sizes_X)
+    return gather_sum(rows_RD, token_of_row_R, order.row_of_slot_TK)

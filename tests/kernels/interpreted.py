@@ -33,7 +33,7 @@ from pallas_kernels import (
 from pallas_kernels.grouped_gemm import mosaic as grouped_mosaic
 from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
-from tests.kernels import helpers, register_wgmma, scatter_order
+from tests.kernels import helpers, interpreted_swiglu, register_wgmma, scatter_order
 from tests.kernels.interpreted_attention import ATTENTIONS, attention
 
 NUM_SMS = 2
@@ -248,6 +248,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"scatter {name}": lambda name=name: scatter(name) for name in SCATTERS},
     **{f"decode {name}": lambda case=case: decode(case) for name, case in DECODES.items()},
     **{f"attention {name}": lambda case=case: attention(case) for name, case in ATTENTIONS.items()},
+    **{
+        f"swiglu {name}": lambda case=case: interpreted_swiglu.swiglu(case, "mosaic")
+        for name, case in interpreted_swiglu.CASES.items()
+    },
 }
 RACES = {
     "grouped uneven",
@@ -257,6 +261,7 @@ RACES = {
     "dispatch",
     "decode two row tiles",
     "attention packed",
+    "swiglu cut",
     "race",
 }
 
