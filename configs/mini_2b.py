@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
                 eval_every=500,
                 checkpoint_every=1000,
                 unroll=8,  # all layers
+                vocab_chunk=32768,  # whole
             ),
             optim=dict(
                 learning_rate=6e-4,

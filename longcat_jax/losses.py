@@ -33,19 +33,25 @@ def _wide(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _chunk_logits(
-    hidden_RD: jax.Array, head_DW: jax.Array, index: jax.Array, width: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Logits [R, V] of one chunk (-inf where a column belongs to the chunk before), its weights,
-    column ids [V] and first column. The last chunk is shifted left to stay inside the vocabulary.
+def _chunk_weights(
+    head_DW: jax.Array, index: jax.Array, width: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights [D, V] of one chunk, its column ids [V] and first column. The last chunk is shifted
+    left to stay inside the vocabulary.
     """
     start = jnp.minimum(index * width, head_DW.shape[1] - width)
     weights_DV = jax.lax.dynamic_slice_in_dim(head_DW, start, width, axis=1)
-    weights_DV = gather_parts(weights_DV.astype(hidden_RD.dtype), DENSE, dim=0)
+    weights_DV = gather_parts(weights_DV.astype(dtype), DENSE, dim=0)
+    return weights_DV, start + jnp.arange(width), start
+
+
+def _chunk_logits(
+    hidden_RD: jax.Array, weights_DV: jax.Array, columns_V: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Logits [R, V] of one chunk, -inf where a column belongs to the chunk before."""
     logits_RV = jnp.matmul(hidden_RD, weights_DV, preferred_element_type=_wide(hidden_RD))
-    columns_V = start + jnp.arange(width)
-    mine_1V = (columns_V >= index * width)[None]
-    return jnp.where(mine_1V, logits_RV, -jnp.inf), weights_DV, columns_V, start
+    mine_1V = (columns_V >= index * len(columns_V))[None]
+    return jnp.where(mine_1V, logits_RV, -jnp.inf)
 
 
 def _scan_forward(
@@ -56,7 +62,8 @@ def _scan_forward(
 
     def step(carry: tuple, index: jax.Array) -> tuple:
         top_R, total_R, target_logit_R = carry
-        logits_RV, _, columns_V, _ = _chunk_logits(hidden_RD, head_DW, index, width)
+        weights_DV, columns_V, _ = _chunk_weights(head_DW, index, width, hidden_RD.dtype)
+        logits_RV = _chunk_logits(hidden_RD, weights_DV, columns_V, index)
         new_top_R = jnp.maximum(top_R, logits_RV.max(-1))
         total_R = total_R * jnp.exp(top_R - new_top_R)
         total_R += jnp.exp(logits_RV - new_top_R[:, None]).sum(-1)
@@ -78,8 +85,9 @@ def cross_entropy(
     """-log softmax(hidden @ head)[target] of every row [R], in at least float32 (nats).
 
     The vocabulary is walked in pieces of `chunk` columns, forward and backward (where the logits
-    are made again), so that [R, W] never stands in memory. Inside of `on_shards` rows and head are
-    a device's own part: a piece of the head is whole only while it is used.
+    are made again), so that [R, W] never stands in memory; a chunk that has room for all of it
+    says that it may, and the backward pass reads what the forward pass made. Inside of `on_shards`
+    rows and head are a device's own part: a piece of the head is whole only while it is used.
     """
     lse_R, target_logit_R = _scan_forward(
         hidden_RD, head_DW, targets_R, min(chunk, head_DW.shape[1])
@@ -90,18 +98,26 @@ def cross_entropy(
 def _cross_entropy_forward(
     hidden_RD: jax.Array, head_DW: jax.Array, targets_R: jax.Array, chunk: int
 ) -> tuple[jax.Array, tuple]:
-    width = min(chunk, head_DW.shape[1])
-    lse_R, target_logit_R = _scan_forward(hidden_RD, head_DW, targets_R, width)
-    return lse_R - target_logit_R, (hidden_RD, head_DW, targets_R, lse_R)
+    if chunk < head_DW.shape[1]:
+        lse_R, target_logit_R = _scan_forward(hidden_RD, head_DW, targets_R, chunk)
+        return lse_R - target_logit_R, (hidden_RD, head_DW, targets_R, lse_R, None)
+    weights_DW = _chunk_weights(head_DW, jnp.int32(0), head_DW.shape[1], hidden_RD.dtype)[0]
+    logits_RW = jnp.matmul(hidden_RD, weights_DW, preferred_element_type=_wide(hidden_RD))
+    lse_R = jax.nn.logsumexp(logits_RW, axis=-1)
+    target_logit_R = jnp.take_along_axis(logits_RW, targets_R[:, None], axis=1)[:, 0]
+    return lse_R - target_logit_R, (hidden_RD, head_DW, targets_R, lse_R, logits_RW)
 
 
 def _cross_entropy_backward(chunk: int, residuals: tuple, dloss_R: jax.Array) -> tuple:
-    hidden_RD, head_DW, targets_R, lse_R = residuals
+    hidden_RD, head_DW, targets_R, lse_R, logits_RW = residuals
     width = min(chunk, head_DW.shape[1])
 
     def step(carry: tuple, index: jax.Array) -> tuple:
         dhidden_RD, dhead_DW = carry
-        logits_RV, weights_DV, columns_V, start = _chunk_logits(hidden_RD, head_DW, index, width)
+        weights_DV, columns_V, start = _chunk_weights(head_DW, index, width, hidden_RD.dtype)
+        logits_RV = logits_RW  # where kept, that of the only chunk
+        if logits_RV is None:
+            logits_RV = _chunk_logits(hidden_RD, weights_DV, columns_V, index)
         # exp(-inf) = 0 for the columns of the chunk before; its target is not theirs either.
         mine = jnp.isfinite(logits_RV) & (columns_V[None] == targets_R[:, None])
         dlogits_RV = (jnp.exp(logits_RV - lse_R[:, None]) - mine) * dloss_R[:, None]
