@@ -89,6 +89,7 @@ def main() -> None:
         experts = distinct_experts(model, prompts[: min(batch, 64)])
         entries = batch * (args.context + args.tokens // 2)
         bound = bytes_per_step(config, experts, entries) / timing.machine().memory_rate
+        print(f"batch {batch}: {1e3 * step:.3f} ms a step", flush=True)
         rows[f"batch {batch}"] = [
             f"{1e3 * step:.3f}",
             f"{1e3 * bound:.3f}",

@@ -76,7 +76,7 @@ def _query(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable
     c, (B, T, D) = config, x_BTD.shape
     low_BTQ = keep(x_BTD @ weights["q_a_proj"])
     low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
-    q = keep(low_BTQ @ weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
+    q = (low_BTQ @ weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
     q = q * (D / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
     return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
 
@@ -135,7 +135,7 @@ def expanded(
     """Causal attention among the T tokens themselves -> (output [B, T, D], latent [B, T, U])."""
     c, (B, T, _) = config, x_BTD.shape
     latent_BTU = _latent(c, x_BTD, weights, tokens.rope)
-    q_BTHQ = jnp.concatenate(_query(c, x_BTD, weights, tokens.rope), axis=-1)
+    q_BTHQ = keep(jnp.concatenate(_query(c, x_BTD, weights, tokens.rope), axis=-1))
     on_device = on_shards(
         functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
     )

@@ -1,8 +1,8 @@
 """Which activations the backward pass keeps and which it makes again (`train.remat`).
 
 `none` keeps all that the backward pass reads but weights gathered over fsdp; `full` keeps a block's
-input; `selective` keeps the results of matrix products and attention that were marked with `keep`,
-so that what is made again is elementwise, a norm or a gather, and K and V of every head, one
+input; `selective` keeps what is marked with `keep`, mostly results of matrix products, and those of
+attention, so that what is made again is elementwise or a gather, and K and V of every head, one
 product from the latent.
 """
 
