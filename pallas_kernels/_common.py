@@ -114,12 +114,10 @@ class Implementation(NamedTuple):
       run: the function.
       misfit: says of the operands what the function takes and what it got instead, in words that
         follow "implementation=... "; "" if they fit.
-      by_default: whether it may be chosen without being named.
     """
 
     run: Callable[..., Any]
     misfit: Callable[..., str] = lambda *operands: ""
-    by_default: bool = True
 
 
 _made_for: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
@@ -213,7 +211,7 @@ def choose(
     if name is None:
         name = _preferred()
         made_for_it = available.get(name)
-        if not made_for_it or not made_for_it.by_default or made_for_it.misfit(*operands):
+        if not made_for_it or made_for_it.misfit(*operands):
             name = "reference"
     require(
         name in available,

@@ -78,7 +78,7 @@ def flash_mla(
         rows, traced or not (not checked); queries stand at the next T places. None: T == S.
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths of keys, rope and
         values that are multiples of 64, queries and values at most 256 wide and 384 together;
-        None for "reference", also on Hopper, until the other's gradient was seen right on a GPU.
+        None for the best.
 
     Returns:
       [B, T, H, V] in the dtype of q.

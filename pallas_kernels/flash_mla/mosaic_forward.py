@@ -255,7 +255,7 @@ def attend(
       scale: factor of the scores, positive.
     """
     (batch, tokens, heads, width), value_width = q_BTHQ.shape, v_BSHV.shape[3]
-    tiling = schedule.forward(width, value_width, segments=segment_ids is not None)
+    tiling = schedule.forward(width, value_width)
     rows = schedule.QUERY_ROWS
     num_tiles = pl.cdiv(tokens, rows)
     grid = schedule.grid(batch, heads, num_tiles)

@@ -56,7 +56,7 @@ class Backward:
     v_registers: bool
 
 
-def forward(width: int, value_width: int, *, segments: bool) -> Forward:
+def forward(width: int, value_width: int) -> Forward:
     """Sizes for keys and values of these widths."""
 
     def most_stages(block: int) -> int:
@@ -64,10 +64,10 @@ def forward(width: int, value_width: int, *, segments: bool) -> Forward:
         return (SHARED_MEMORY - queries) // (2 * block * (width + value_width))
 
     block = 128 if value_width <= 128 and most_stages(128) >= 2 else 64
-    # Registers of a thread: sums, scores, weights and queries.
+    # Registers of a thread: sums, scores, weights and queries. Where the mask cuts, ids of segments
+    # push some of them out for a while.
     registers = value_width // 2 + block // 2 + block // 4 + width // 4
-    # Ids of segments take the registers of the queries.
-    return Forward(block, min(most_stages(block), 256 // block), registers <= 208 and not segments)
+    return Forward(block, min(most_stages(block), 256 // block), registers <= 208)
 
 
 def backward(width: int, value_width: int) -> Backward:

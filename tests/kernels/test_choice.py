@@ -41,13 +41,6 @@ def machine(monkeypatch):
     return set_machine
 
 
-def test_what_is_not_chosen_by_default_can_be_named(machine):
-    machine((9, 0))
-    kernels = KERNELS | {"mosaic": KERNELS["mosaic"]._replace(by_default=False)}
-    assert choose(None, available=kernels) == "reference"
-    assert choose("mosaic", available=kernels) == "mosaic"
-
-
 @pytest.mark.parametrize(
     "capability, name",
     [

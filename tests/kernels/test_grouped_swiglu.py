@@ -53,11 +53,11 @@ def test_mosaic_has_no_races(interpreted):
 def test_mosaic_equals_float64_on_a_gpu(name):
     if _common.compute_capability() != _common.HOPPER:
         pytest.skip("needs a GPU of compute capability 9.0")
-    large = interpreted_swiglu.Case(20_008, 13_001, 1024)
+    large = interpreted_swiglu.Case(5_008, 3_001, 1024)
     case = interpreted_swiglu.CASES.get(name, large)
     first = interpreted_swiglu.swiglu(case, "mosaic")
     assert_close(first, ROUNDING[case.dtype])
-    assert all(interpreted_swiglu.swiglu(case, "mosaic") == first for _ in range(5))
+    assert all(interpreted_swiglu.swiglu(case, "mosaic") == first for _ in range(2))
 
 
 @pytest.mark.parametrize("shape", shapes.PRODUCTION)
