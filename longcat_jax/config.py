@@ -19,11 +19,11 @@ from longcat_jax.dataclass_mapping import differences as differences
 from longcat_jax.dataclass_mapping import override as override
 from longcat_jax.dataclass_mapping import read_json as read_json
 from longcat_jax.dataclass_mapping import to_mapping as to_mapping
-from pallas_kernels import KINDS
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMAT_POLICIES = ("none", "selective", "full")
 SCHEDULES = ("wsd", "cosine")
+KERNELS = ("auto", "reference")  # pallas_kernels.KINDS; here nothing imports JAX
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "q_lora_rank")
 SHAPE_FIELDS += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 SHAPE_FIELDS += ("ffn_hidden_size", "expert_ffn_hidden_size", "n_routed_experts")
@@ -478,7 +478,9 @@ class Config:
     proxy: ProxyConfig = ProxyConfig()
     seed: int = 0
     kernels: str = "auto"
-    """"auto": the best for the machine; "reference": plain jnp, to hold them against."""
+    """Of training and evaluation. "auto": the best for the machine; "reference": plain jnp, to hold
+    them against.
+    """
     deterministic: bool = True
     """The same bits in every run. On a GPU XLA then takes the algorithm for a product that cuBLAS
     names, instead of measuring several at start, which may end otherwise the next time; all else is
@@ -490,7 +492,7 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        require(self.kernels in KINDS, "kernels", self.kernels, f"one of {', '.join(KINDS)}")
+        require(self.kernels in KERNELS, "kernels", self.kernels, f"one of {', '.join(KERNELS)}")
         self._check_batch()
         self._check_shards()
         groups, experts = self.optim.balance.groups, self.model.n_routed_experts

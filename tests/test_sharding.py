@@ -4,13 +4,16 @@ import collections
 import dataclasses
 import functools
 import re
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import ConfigError, MeshConfig, override
+from longcat_jax.losses import next_token_nats
 from longcat_jax.parallel import hlo
 from longcat_jax.parameters import unbox
 from longcat_jax.sharding import make_mesh
@@ -321,3 +324,30 @@ def test_evaluation_and_router_watch_on_a_mesh_equal_one_device():
 
     with exact():
         assert relative_error(measured(FSDP_CONTEXT_EXPERT), measured(())) <= 1e-10
+
+
+@pytest.mark.parametrize("chunk", [15, 44])
+def test_cross_entropy_on_a_mesh_equals_that_on_one_device(chunk):
+    """In chunks, and with all logits kept, where the head is cut over fsdp."""
+
+    def both(**sections):
+        config, rng = tiny_config(**sections), np.random.default_rng(0)
+        batch, params = random_batch(config), random_params(config)
+        hidden_BTD = jnp.asarray(rng.normal(size=(*batch["tokens"][:, 1:].shape, 24)))
+        mix_BT = jnp.cos(jnp.arange(hidden_BTD[..., 0].size)).reshape(hidden_BTD.shape[:2])
+
+        @jax.jit
+        def value_and_gradients(hidden_BTD, head_DW):
+            def nats(hidden_BTD, head_DW):
+                out = types.SimpleNamespace(hidden_BTD=hidden_BTD)
+                return next_token_nats(params | {"lm_head": head_DW}, config, batch, out)
+
+            value_BT, vjp = jax.vjp(nats, hidden_BTD, head_DW)
+            return value_BT, vjp(mix_BT)
+
+        with jax.set_mesh(make_mesh(config.mesh)):
+            return jax.device_get(value_and_gradients(hidden_BTD, params["lm_head"]))
+
+    with exact():
+        many = both(train=dict(vocab_chunk=chunk), mesh=dict(fsdp=2, expert=2, data=2))
+        assert relative_error(many, both()) <= 1e-12

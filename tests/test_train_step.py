@@ -12,12 +12,14 @@ from longcat_jax.losses import RouterCounts, cross_entropy, denominators, loss_t
 from longcat_jax.optim import schedules
 from longcat_jax.sharding import make_mesh
 from longcat_jax.train_step import (
+    abstract_state,
     compile_train_step,
     evaluation_step,
     router_metrics,
     router_watch,
     state_from_params,
 )
+from pallas_kernels import HOPPER, made_for
 from tests.helpers import (
     BATCH,
     TOKENS,
@@ -259,3 +261,19 @@ def test_router_watch_ratio_equals_finite_differences_and_cosine_brute_force():
         rows = (classifier / np.linalg.norm(classifier, axis=0)).T
         pairs = [a @ b for i, a in enumerate(rows) for b in rows[:i]]
         assert watch["router/cosine"][layer] == pytest.approx(np.mean(pairs), rel=1e-10)
+
+
+def test_a_job_may_ask_for_the_reference_kernels():
+    widths = dict(qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+    model = dict(num_layers=1, expert_ffn_hidden_size=64, dtype="bfloat16", **widths)
+
+    def traced(kind):
+        config = tiny_config(model=model, kernels=kind)
+        mesh = make_mesh(config.mesh)
+        args = abstract_state(config, mesh), random_batch(config), token_bytes(config)
+        with made_for(HOPPER):
+            return str(compile_train_step(config, mesh).trace(*args).jaxpr)
+
+    names = ("flash_mla_forward", "flash_mla_queries", "grouped_swiglu_gradient")
+    assert all(name in traced("auto") for name in names)
+    assert not any(name in traced("reference") for name in names)

@@ -25,6 +25,7 @@ from longcat_jax.config import (
 from longcat_jax.plan.job import Job
 from longcat_jax.sharding import batch_sharding
 from longcat_jax.train_step import abstract_state
+from pallas_kernels.flash_mla import schedule
 
 BATCH = ("tokens", "segment_ids", "positions")
 
@@ -124,7 +125,7 @@ def memory(job: Job) -> Memory:
         # With the layers' copy 4 bytes a value; the sum over micro-batches stands beside it.
         gradients=weights * (1 if job.micro_batches == 1 else 2),
         kept=job.model.num_layers * kept * job.itemsize,
-        block=again * job.itemsize + weights_twice,
+        block=again * job.itemsize + weights_twice + _attention_scratch(job),
         loss=_loss(job),
         embedding=_embedding(job),
     )
@@ -138,6 +139,20 @@ def _attention_values(model: ModelConfig) -> tuple[int, int]:
     kept = m.q_lora_rank + heads * m.qk_head_dim + m.latent_dim + value + lse
     keys = heads * (m.qk_nope_head_dim + m.v_head_dim)
     return kept, kept + m.hidden_size + m.q_lora_rank + m.latent_dim + keys
+
+
+def _attention_scratch(job: Job) -> int:
+    """What the gradient of one attention needs besides its results: dS of some heads, and float32
+    gradients to the shared part of the keys from each of them.
+    """
+    m, context, length = job.model, job.mesh.context, job.config.train.sequence_length
+    if job.itemsize != 2:
+        return 0  # the Mosaic kernels take 16 bits
+    queries = length if context == 1 else length // (2 * context)
+    rows = job.tokens * context // length
+    tiles = rows * schedule.num_tiles(queries, length, None if context == 1 else 0)
+    heads = schedule.heads_at_a_time(m.num_attention_heads, tiles)
+    return heads * (tiles * schedule.TILE_BYTES + rows * length * m.qk_rope_head_dim * job.wide)
 
 
 def _kept_values(job: Job) -> int:
@@ -185,6 +200,8 @@ def _gathered_block(job: Job) -> int:
 def _loss(job: Job) -> int:
     chunk = min(job.config.train.vocab_chunk, job.model.vocab_size)
     logits = job.tokens * chunk * (2 * job.wide + job.itemsize)
+    if chunk == job.model.vocab_size and job.part("MTP layer").values:
+        logits += job.tokens * chunk * job.wide  # those of both predictions are kept
     weights = job.model.hidden_size * chunk * (job.wide + job.itemsize)
     hidden = job.tokens * job.model.hidden_size * (2 * job.wide + job.itemsize)
     return logits + weights + hidden

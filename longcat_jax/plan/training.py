@@ -151,11 +151,17 @@ def _backward(job: Job, forward: Pass, core: float) -> Pass:
     return one.plus(Pass(0.0, 0.0, 0.0, 0.0, forward.elementwise))
 
 
+def _head_products(job: Job) -> int:
+    """Products with the unembedding: logits, which chunks make twice, and two gradients."""
+    return 3 if job.config.train.vocab_chunk >= job.model.vocab_size else 4
+
+
 def _loss_seconds(job: Job, hardware: Hardware) -> tuple[float, float]:
-    """One micro-batch's unembedding (logits are made twice), and what else is outside of blocks."""
+    """One micro-batch's unembedding, and what else is outside of blocks."""
     m, rate = job.model, hardware.flops * shares.DENSE
     mtp = job.part("MTP layer").values
-    head = 8 * job.tokens * m.hidden_size * m.vocab_size / rate * (1 + bool(mtp))
+    head = _head_products(job) * 2 * job.tokens * m.hidden_size * m.vocab_size / rate
+    head *= 1 + bool(mtp)
     tables = job.part("embedding").values + job.part("MTP embedding").values
     lookup = 2 * FLOAT32 * tables / (hardware.memory_rate * shares.MEMORY)
     return head, 6 * job.tokens * mtp / rate + lookup
@@ -188,10 +194,8 @@ def step(job: Job, hardware: Hardware) -> Step:
         for direction, one in ((False, forward), (True, backward))
         for name, time in one.windows(config.parallel.token_chunks).items()
     }
-    windows[traffic.LOSS, False], windows[traffic.LOSS, True] = (
-        micro * head / 4,
-        micro * head * 3 / 4,
-    )
+    first = micro * head / _head_products(job)
+    windows[traffic.LOSS, False], windows[traffic.LOSS, True] = first, micro * head - first
     here = sum(part.here(job.mesh) for part in job.parts.values())
     sums = 3 * FLOAT32 * micro if micro > 1 else 0
     moved = here * (OPTIMIZER_BYTES + sums) / (hardware.memory_rate * shares.MEMORY)

@@ -139,7 +139,8 @@ def _draw_loss(axes: Axes, run: Run) -> None:
     axes.set_title("Loss")
     axes.set_ylabel("cross-entropy, nats per token")
     _line(axes, run, "loss", "training", color=BLUE)
-    _line(axes, run, "mtp_loss", "training, two tokens ahead (MTP)", color=SKY)
+    if (run.curve("mtp_loss")[1] > 0).any():  # 0: a job without the head
+        _line(axes, run, "mtp_loss", "training, two tokens ahead (MTP)", color=SKY)
     _points(axes, run, "eval/loss", "validation")
 
 

@@ -15,9 +15,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _common
 from pallas_kernels.flash_mla import mosaic_backward, mosaic_forward, mosaic_queries, schedule
 
-# The backward keeps dS of as many heads at a time as fit into this, of one at least: B * T^2 bytes.
-SCRATCH_BYTES = 9 << 28
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
@@ -38,15 +35,13 @@ def _forward(scale: float, *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
 
 
 def _backward(scale: float, residuals: tuple[Any, ...], dout_BTHV: jax.Array) -> tuple[Any, ...]:
-    (q_BTHQ, keys, v_BSHV, segment_ids, offset), out_BTHV, lse_BHL = residuals
+    (q_BTHQ, keys, v_BSHV, segment_ids, offset), out_BTHV, lse_BHT = residuals
     batch, tokens, heads, _ = q_BTHQ.shape
     wide = [x.astype(jnp.float32) for x in (out_BTHV, dout_BTHV)]
     delta_BHT = jnp.swapaxes(jnp.sum(wide[0] * wide[1], axis=3), 1, 2)
-    delta_BHL = jnp.pad(delta_BHT, ((0, 0), (0, 0), (0, lse_BHL.shape[2] - tokens)))
-    operands = mosaic_backward.Operands(q_BTHQ, keys, v_BSHV, dout_BTHV, lse_BHL, delta_BHL)
+    operands = mosaic_backward.Operands(q_BTHQ, keys, v_BSHV, dout_BTHV, lse_BHT, delta_BHT)
     tiles = batch * schedule.num_tiles(tokens, v_BSHV.shape[1], offset)
-    group = max(1, SCRATCH_BYTES // (tiles * schedule.TILE_BYTES))
-    group = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= group)
+    group = schedule.heads_at_a_time(heads, tiles)
 
     def gradients(first: jax.Array | None) -> tuple[Any, ...]:
         own = schedule.Heads(first, group)
@@ -75,7 +70,7 @@ def _over_heads(dk: jax.Array, key: jax.Array) -> jax.Array:
     """The gradient of a part of the keys; of the one for all heads, the sum of every head's."""
     if key.ndim == 4:
         return dk
-    return jnp.sum(dk, axis=2)[:, : key.shape[1]].astype(key.dtype)
+    return jnp.sum(dk, axis=2).astype(key.dtype)
 
 
 _attend.defvjp(_forward, _backward)

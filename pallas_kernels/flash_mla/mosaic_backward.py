@@ -204,6 +204,7 @@ class Walk(NamedTuple):
       second: (sums, tile, t, issue_next, commit, masked) makes the left operand of the summed
         product from the tile and issues it; calls `issue_next` and then `commit` before.
       free: barriers to arrive at when the summed product of a chunk is done.
+      pieces: products that `first` issues, one for each piece of its left operand.
       spans: (stop, masked): chunks before `stop` that no earlier span has. The last chunk follows
         them, masked.
       width: of the sums.
@@ -212,6 +213,7 @@ class Walk(NamedTuple):
     first: Callable[[Any, jax.Array], None]
     second: Callable[..., None]
     free: Any
+    pieces: int
     spans: list[tuple[jax.Array, bool]]
     width: int
 
@@ -219,9 +221,9 @@ class Walk(NamedTuple):
 def _sum_chunks(walk: Walk, count: jax.Array) -> jax.Array:
     """The sums [64, width] of a computing warpgroup.
 
-    Products end in the order of their issue: chunk t - 1's summed one, chunk t + 1's first one,
-    chunk t's summed one. At `commit` one may be in flight, and what chunk t - 1 read is given back;
-    all threads then know that its left operand was read, too.
+    Products end in the order of their issue: chunk t - 1's summed one, those of chunk t + 1's first
+    one, chunk t's summed one. At `commit` only the first ones may be in flight, and what chunk
+    t - 1 read is given back; all threads then know that its left operand was read, too.
     """
     last = count - 1
 
@@ -235,7 +237,7 @@ def _sum_chunks(walk: Walk, count: jax.Array) -> jax.Array:
                         walk.first(ahead_ref, t + 1)
 
                 def commit() -> None:
-                    plgpu.wgmma_wait(0 if is_last else 1)
+                    plgpu.wgmma_wait(0 if is_last else walk.pieces)
                     plgpu.commit_smem()
                     before = _slot(walk.free, t - 1)
                     pl.when(t > 0)(lambda: plgpu.barrier_arrive(before))
@@ -315,7 +317,7 @@ def _sum_values(
     spans = [(place.masked, True), (place.whole, False)]
     if segments is not None:
         spans.append((place.count, True))
-    walk = Walk(multiply_queries, second, smem.dout_free, spans, smem.dout.shape[2])
+    walk = Walk(multiply_queries, second, smem.dout_free, len(keys), spans, smem.dout.shape[2])
     sums = _sum_chunks(walk, place.count)
     _take_what_is_left(smem.p_free, place.count)
     return sums
@@ -367,7 +369,7 @@ def _sum_keys(
         plgpu.wgmma(sums_ref, smem.ds.at[half], _slot(smem.q, t))
 
     spans = [(place.count, False)]
-    walk = Walk(multiply_dout, second, smem.q_free, spans, smem.q.shape[2])
+    walk = Walk(multiply_dout, second, smem.q_free, len(values), spans, smem.q.shape[2])
     return _sum_chunks(walk, place.count) * scale
 
 
@@ -397,15 +399,15 @@ def key_gradients(
     Args:
       operands: q [B, T, H, Q]; parts of the keys, [B, S, H, width] or [B, S, width] for all heads;
         v [B, S, H, V]; dout [B, T, H, V]; log-sum-exp to base 2 and sum(out * dout) [B, H, L]. T
-        and S are multiples of 64.
+        and S are multiples of 128: keys and values are read without TMA.
       segment_ids: [B, S], None for one segment.
       offset: [1] int32, place of the first query; None: T == S.
       scale: factor of the scores.
       heads: those of the results.
 
     Returns:
-      The parts' gradients [B, S, heads, width]; of the one for all heads every head's in float32,
-      its rows padded. dv. Tiles of dS^T [B, heads, N, 64, 64].
+      The parts' gradients [B, S, heads, width]; of the one for all heads every head's in float32.
+      dv. Tiles of dS^T [B, heads, N, 64, 64].
     """
     q_BTHQ, keys, v_BSHV = operands.q, operands.keys, operands.v
     (batch, tokens, _, width), (_, num_keys, _, value_width) = q_BTHQ.shape, v_BSHV.shape
@@ -455,11 +457,8 @@ def key_gradients(
             _load(place, operands, smem)
 
     def gradient(part: jax.Array) -> jax.ShapeDtypeStruct:
-        if part.ndim == 4:
-            shape = (batch, num_keys, num_heads, part.shape[3])
-            return jax.ShapeDtypeStruct(shape, dtype)
-        shape = (batch, key_chunks * CHUNK, num_heads, part.shape[2])
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        shape = (batch, num_keys, num_heads, part.shape[-1])
+        return jax.ShapeDtypeStruct(shape, dtype if part.ndim == 4 else jnp.float32)
 
     tiles = (batch, num_heads, schedule.num_tiles(tokens, num_keys, offset), *SHAPE)
     segments = schedule.of_keys(segment_ids, offset, tokens)

@@ -42,7 +42,7 @@ class Place(NamedTuple):
     count: Any
 
 
-def _load(place: Place, operands: tuple[Any, ...], limits: tuple[int, int], smem: Buffers) -> None:
+def _load(place: Place, operands: tuple[Any, ...], key_chunks: int, smem: Buffers) -> None:
     """The loading warpgroup: blocks of keys, and the tiles of dS that meet them."""
     plgpu.set_max_registers(mosaic_tile.LOADER_REGISTERS, action="decrease")
     keys, ds = operands
@@ -57,8 +57,8 @@ def _load(place: Place, operands: tuple[Any, ...], limits: tuple[int, int], smem
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], full)
         for warpgroup in range(2):
             # Past its diagonal a chunk loads its last tile again and doesn't use it.
-            i = jnp.minimum(place.top + warpgroup, limits[0] - 1)
-            last = jnp.minimum(i + place.ahead, limits[1] - 1)
+            i = place.top + warpgroup
+            last = jnp.minimum(i + place.ahead, key_chunks - 1)
             tile = schedule.tile_index(i, jnp.minimum(j, last), place.ahead)
             source = ds.at[place.batch, place.own_head, tile]
             plgpu.copy_gmem_to_smem(source, smem.ds.at[slot, warpgroup], full)
@@ -115,9 +115,8 @@ def query_gradient(
 ) -> jax.Array:
     """dq [B, T, heads, Q] from tiles of dS^T [B, heads, N, 64, 64] and parts of the keys."""
     (batch, num_heads), num_keys = ds.shape[:2], keys[0].shape[1]
-    limits = schedule.chunks(num_queries), schedule.chunks(num_keys)
+    num_tiles, key_chunks = schedule.chunks(num_queries) // 2, schedule.chunks(num_keys)
     widths = [key.shape[-1] for key in keys]
-    num_tiles = limits[0] // 2
     grid = schedule.grid(batch, num_heads, num_tiles)
 
     def locate(first_head: Any, segments: Any, offset: Any) -> Place:
@@ -126,7 +125,7 @@ def query_gradient(
         head = own if first_head is None else first_head[0] + own
         ahead = schedule.chunks_ahead(None if offset is None else offset[0])
         first = tile * 0 if segments is None else segments.end_BN[b, tile]
-        end = jnp.minimum(2 * tile + 2 + ahead, limits[1])
+        end = jnp.minimum(2 * tile + 2 + ahead, key_chunks)
         return Place(b, head, own, 2 * tile, ahead, first, end - first)
 
     def kernel(keys: Any, ds: Any, tables: Any, dq: Any, smem: Buffers) -> None:
@@ -134,7 +133,7 @@ def query_gradient(
 
         @pl.when(warpgroup == LOADER)
         def _() -> None:
-            _load(place, (keys, ds), limits, smem)
+            _load(place, (keys, ds), key_chunks, smem)
 
         @pl.when(warpgroup != LOADER)
         def _() -> None:

@@ -86,7 +86,7 @@ def store_by_slots(values: jax.Array, slots: Any, target: Any) -> None:
     columns = range(0, values.shape[1], PIECE)
     for start in range(0, len(columns), slots.shape[0]):
         some = columns[start : start + slots.shape[0]]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of all threads, so are products
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # all threads meet: products ended, too
         for i, column in enumerate(some):
             slots[i] = values[:, column : column + PIECE]
         plgpu.commit_smem()

@@ -19,6 +19,7 @@ QUERY_ROWS = 2 * CHUNK  # queries of a CTA, in the forward and in their gradient
 PADDING = QUERY_ROWS  # log-sum-exp and the like are kept for whole tiles of so many queries
 SLOTS = 2  # tiles of P and of dS in shared memory in the gradient to the keys
 MULTIPROCESSORS = 132  # of an H100, for the order of tiles alone
+SCRATCH_BYTES = 9 << 28  # of tiles of dS that the backward keeps at a time
 SHARED_MEMORY = 226 << 10  # bytes of a CTA, less what barriers and vectors take
 
 
@@ -45,7 +46,8 @@ class Backward:
       q_stages: chunks of queries in shared memory. The warpgroup that sums values asks for chunk
         t + 1 before the one that sums keys has let go of chunk t - 1: at least 3, and with no more
         it waits for all of a load.
-      dout_stages: chunks of the gradient of the output there.
+      dout_stages: chunks of the gradient of the output there, at least 2: the warpgroup that sums
+        values gives one back when it has seen the next chunk's queries, which come first.
       k_registers: the keys are read from registers, not from shared memory.
       v_registers: the values are.
     """
@@ -81,6 +83,7 @@ def backward(width: int, value_width: int) -> Backward:
     q_stage, dout_stage = 2 * CHUNK * width, 2 * CHUNK * value_width
     q_stages = 4 if 4 * q_stage + 3 * dout_stage <= left else 3
     dout_stages = min((left - q_stages * q_stage) // dout_stage, 4)
+    assert dout_stages >= 2, (width, value_width)
     return Backward(q_stages, dout_stages, k_registers, v_registers)
 
 
@@ -117,7 +120,7 @@ class Grid(NamedTuple):
     Tiles differ in their work, and each head's are ordered from the longest to the shortest. Were
     they to start head after head, the longest of the last head would run when all else is done;
     tile after tile of all heads would need the keys and values of all in L2. So they start in sets
-    of heads, the smallest sets whose average SM has as much to do as the longest tile.
+    of heads, the smallest sets whose average SM has about as much to do as the longest tile.
     """
 
     heads: int
@@ -160,11 +163,17 @@ def chunks_ahead(offset: jax.Array | None) -> jax.Array | int:
     return 0 if offset is None else lax.div(offset + CHUNK - 1, jnp.int32(CHUNK))
 
 
-def num_tiles(queries: int, keys: int, offset: jax.Array | None) -> int:
+def num_tiles(queries: int, keys: int, offset: jax.Array | int | None) -> int:
     """Tiles of dS, 64 x 64, at most: query chunk i has those of the keys it sees."""
     n = chunks(queries)
     beyond = 0 if offset is None else pl.cdiv(keys - queries + PADDING, CHUNK)
     return n * (n + 1) // 2 + n * beyond
+
+
+def heads_at_a_time(heads: int, tiles: int) -> int:
+    """Heads whose dS the backward keeps at a time, each of so many tiles: a divisor of `heads`."""
+    fitting = max(1, SCRATCH_BYTES // (tiles * TILE_BYTES))
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= fitting)
 
 
 def tile_index(i: jax.Array, j: jax.Array, ahead: jax.Array | int) -> jax.Array:

@@ -96,7 +96,7 @@ def _walk(
             plgpu.copy_smem_to_gmem(buffers.targets.at[slot, n], target.piece(row, i))
         return carry
 
-    return lax.fori_loop(0, pieces, step, carry)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(pieces), step, carry)
 
 
 def _clear(targets: list[Part], row: jax.Array, buffers: Buffers) -> None:
@@ -108,7 +108,7 @@ def _clear(targets: list[Part], row: jax.Array, buffers: Buffers) -> None:
     def copy(i: jax.Array, _: None) -> None:
         plgpu.copy_smem_to_gmem(buffers.targets.at[0, 0], Part(matrix).piece(row, i))
 
-    lax.fori_loop(0, matrix.shape[1] // PIECE, copy, None)
+    lax.fori_loop(jnp.int32(0), jnp.int32(matrix.shape[1] // PIECE), copy, None)
 
 
 class _Tile:

@@ -12,4 +12,3 @@ class Shape(NamedTuple):
 
 
 PRODUCTION = (Shape(98304, 65536, 1024), Shape(98304, 65536, 2048))
-QUICKSTART = Shape(4096, 3072, 64)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import flash_mla
-from pallas_kernels.flash_mla import mosaic
+from pallas_kernels.flash_mla import schedule
 from tests.kernels import helpers
 
 SCALE = 0.09
@@ -86,7 +86,7 @@ def attention(case: Attention) -> dict[str, Any]:
     got, reference = run("mosaic"), run("reference")
     result = {}
     if case.heads > 1:
-        mosaic.SCRATCH_BYTES = 1
+        schedule.SCRATCH_BYTES = 1
         result["one head at a time"] = helpers.same_bits(got, run("mosaic"))
     with jax.enable_x64(True):
         exact = run("reference", jnp.float64)

@@ -29,12 +29,15 @@ CASES = {
 
 
 def swiglu(case: Case, implementation: str) -> dict[str, Any]:
-    """Errors of value and gradients against float64, and what is in rows that are not in use."""
+    """Errors of value and gradients against float64, and what is made of rows that are not in use,
+    which hold NaN.
+    """
     rng = np.random.default_rng(3)
     dtype = jnp.dtype(case.dtype)
     wide = jnp.asarray(3 * rng.standard_normal((case.rows, 2 * case.width)), dtype)
     dout = jnp.asarray(rng.standard_normal((case.rows, case.width)), dtype)
     gates = jnp.asarray(rng.random(case.rows), _common.accumulation_dtype(dtype))
+    wide, dout, gates = (x.at[case.used :].set(jnp.nan) for x in (wide, dout, gates))
 
     def run(wide: jax.Array, gates: jax.Array) -> jax.Array:
         return grouped_swiglu(wide, gates, jnp.int32(case.used), implementation=implementation)

@@ -20,13 +20,16 @@ def _hopper():
         pytest.skip("needs a GPU of compute capability 9.0")
 
 
-def draw(tokens, keys, heads, batch=1):
+RELEASED = (128, 64, 128)  # widths of keys, rope and values
+
+
+def draw(tokens, keys, heads, batch=1, widths=RELEASED, dtype="bfloat16"):
     """Operands and the gradient of the output."""
-    rng = np.random.default_rng(tokens)
-    shapes = (tokens, heads, 192), (keys, heads, 128), (keys, heads, 128), (keys, 64)
+    rng, (nope, rope, value) = np.random.default_rng(tokens), widths
+    shapes = (tokens, heads, nope + rope), (keys, heads, nope), (keys, heads, value), (keys, rope)
     *operands, dout = (
-        jnp.asarray(rng.standard_normal((batch, *shape)), jnp.bfloat16)
-        for shape in (*shapes, (tokens, heads, 128))
+        jnp.asarray(rng.standard_normal((batch, *shape)), dtype)
+        for shape in (*shapes, (tokens, heads, value))
     )
     return tuple(operands), dout
 
@@ -55,9 +58,9 @@ def run(implementation, operands, dout, ids=None, offset=None):
             q,
             k,
             v,
-            scale=192**-0.5,
+            scale=q.shape[3] ** -0.5,
             segment_ids=ids,
-            k_rope=rope,
+            k_rope=rope if rope.shape[2] else None,
             q_offset=offset,
             implementation=implementation,
         )
@@ -79,8 +82,28 @@ def run(implementation, operands, dout, ids=None, offset=None):
     ],
 )
 def test_is_as_good_as_the_reference(batch, tokens, keys, kind, offset):
-    operands, dout = draw(tokens, keys, 2, batch)
-    ids = segment_ids(kind, keys, batch)
+    assert_as_good(draw(tokens, keys, 2, batch), segment_ids(kind, keys, batch), offset)
+
+
+# Keys, values or neither in registers; stages as many as fit; results in several rounds.
+@pytest.mark.parametrize(
+    "widths, dtype",
+    [
+        ((192, 64, 128), "bfloat16"),
+        ((64, 64, 192), "bfloat16"),
+        ((192, 0, 192), "bfloat16"),
+        ((64, 0, 256), "float16"),
+    ],
+)
+def test_other_widths(widths, dtype):
+    operands = draw(700, 700, 2, widths=widths, dtype=dtype)
+    assert_as_good(operands, segment_ids("packed", 700), None)
+    first = run("mosaic", *operands)
+    assert all(helpers.same_bits(first, run("mosaic", *operands)) for _ in range(10))
+
+
+def assert_as_good(operands_and_dout, ids, offset):
+    operands, dout = operands_and_dout
     got = run("mosaic", operands, dout, ids, offset)
     reference = run("reference", operands, dout, ids, offset)
     with jax.default_matmul_precision("highest"):

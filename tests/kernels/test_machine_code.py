@@ -72,5 +72,7 @@ def test_no_product_of_a_kernel_is_spoilt(tmp_path):
     for kernel, result in found.items():
         assert result["loops"] > 0, kernel
         assert result["spoilt"] == [], kernel
-        # Of two computing warpgroups with 240 registers a thread: a few bytes outside of loops.
-        assert result["spilt bytes"] <= 64, kernel
+        # Of two computing warpgroups with 240 registers a thread: outside of loops, or where ids of
+        # segments are compared. On a GPU the forward was 4% faster so than with queries read from
+        # shared memory (experiments/LOG.md).
+        assert result["spilt bytes"] <= 144, kernel

@@ -58,7 +58,7 @@ def test_frozen_parameters_have_no_moments_to_make_room_for():
 def test_bigger_memory_never_makes_the_proposal_slower():
     config = load_config("configs/flash_560b.py")
     bigger = dataclasses.replace(H100, memory=2 * H100.memory)
-    small, big = (search.propose(config, 256, machine) for machine in (H100, bigger))
+    small, big = (search.propose(config, 512, machine) for machine in (H100, bigger))
     assert step(big, H100).seconds <= step(small, H100).seconds
 
 
