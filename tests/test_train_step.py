@@ -18,6 +18,7 @@ from longcat_jax.train_step import (
     router_metrics,
     router_watch,
     state_from_params,
+    train_step,
 )
 from pallas_kernels import HOPPER, made_for
 from tests.helpers import (
@@ -267,13 +268,16 @@ def test_a_job_may_ask_for_the_reference_kernels():
     widths = dict(qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
     model = dict(num_layers=1, expert_ffn_hidden_size=64, dtype="bfloat16", **widths)
 
-    def traced(kind):
+    def traced(function, kind):
         config = tiny_config(model=model, kernels=kind)
-        mesh = make_mesh(config.mesh)
-        args = abstract_state(config, mesh), random_batch(config), token_bytes(config)
+        state, batch = abstract_state(config, make_mesh(config.mesh)), random_batch(config)
+        first = state if function is train_step else state.params
+        rest = (token_bytes(config),) if function is not router_watch else ()
         with made_for(HOPPER):
-            return str(compile_train_step(config, mesh).trace(*args).jaxpr)
+            run = functools.partial(function, config=config)
+            return str(jax.make_jaxpr(run)(first, batch, *rest))
 
-    names = ("flash_mla_forward", "flash_mla_queries", "grouped_swiglu_gradient")
-    assert all(name in traced("auto") for name in names)
-    assert not any(name in traced("reference") for name in names)
+    text = traced(evaluation_step, "auto")
+    assert "flash_mla_forward" in text and "mpmd_map" in text
+    for function in (train_step, evaluation_step, router_watch):
+        assert "mpmd_map" not in traced(function, "reference")

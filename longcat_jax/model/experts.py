@@ -15,6 +15,9 @@ from flax import struct
 from longcat_jax.model.remat import keep
 from pallas_kernels import gather_rows, gather_sum, grouped_gemm, grouped_swiglu
 
+FEW_SLOTS = 1024
+"""So many are put in order by comparing all pairs."""
+
 
 @struct.dataclass
 class Permutation:
@@ -38,6 +41,8 @@ def permute_by_expert(experts_TK: jax.Array, num_experts: int, num_rows: int) ->
     if num_rows < T * min(K, num_experts):
         wants_S &= jnp.cumsum(wants_S, dtype=jnp.int32) <= num_rows
     key_S = jnp.where(wants_S, experts_TK.reshape(-1), num_experts)
+    if slots <= FEW_SLOTS:
+        return _by_comparison(key_S, experts_TK.shape, num_experts, num_rows)
     narrow = jnp.uint16 if num_experts < 2**16 else jnp.int32  # a GPU sorts by 8 bits at a time
     order_S = jnp.argsort(key_S.astype(narrow), stable=True).astype(jnp.int32)
     sorted_S = key_S[order_S]
@@ -51,6 +56,25 @@ def permute_by_expert(experts_TK: jax.Array, num_experts: int, num_rows: int) ->
     row_of_slot = jnp.full(slots, num_rows, jnp.int32).at[slot_of_row_R].set(row_R, mode="drop")
     order = slot_of_row_R, row_of_slot.reshape(T, K), jnp.diff(ends_X, prepend=0)
     return Permutation(*map(keep, order))  # small, and made by a sort
+
+
+def _by_comparison(
+    key_S: jax.Array, shape: tuple[int, int], num_experts: int, num_rows: int
+) -> Permutation:
+    """The same of few slots: every pair is compared, in three kernels where a sort and what it
+    needs take a dozen. A decoding step waits for launches.
+    """
+    slots = len(key_S)
+    place_S = jnp.arange(slots, dtype=jnp.int32)
+    order_S = key_S * slots + place_S
+    rank_S = (order_S[None] < order_S[:, None]).sum(1, dtype=jnp.int32)
+    row_of_slot_S = jnp.where(key_S < num_experts, rank_S, num_rows)
+    here_RS = row_of_slot_S[None] == place_S[:num_rows, None]
+    slot_of_row_R = slots + jnp.where(here_RS, place_S[None] - slots, 0).sum(1, dtype=jnp.int32)
+    expert_X = jnp.arange(num_experts, dtype=key_S.dtype)
+    group_sizes_X = (key_S[None] == expert_X[:, None]).sum(1, dtype=jnp.int32)
+    order = slot_of_row_R, row_of_slot_S.reshape(shape), group_sizes_X
+    return Permutation(*map(keep, order))
 
 
 def real_experts(

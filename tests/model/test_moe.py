@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from longcat_jax.model import experts as model_experts
-from longcat_jax.model.experts import permute_by_expert, real_experts
+from longcat_jax.model.experts import FEW_SLOTS, permute_by_expert, real_experts
 from longcat_jax.model.moe import MoE
 from tests.helpers import exact, random_params, relative_error, tiny_config
 
@@ -100,26 +100,33 @@ def test_gamma_multiplies_real_and_identity_experts_alike(layer):
     assert relative_error(two, 2 * np.asarray(one)) <= 1e-14
 
 
-def test_permutation_sorts_rows_by_expert_and_gives_identity_slots_none():
-    experts = np.random.default_rng(0).integers(0, E, (29, K)).astype(np.int32)
-    order = permute_by_expert(jnp.asarray(experts), N, 116)
+TOKENS = (29, 400)
+"""Slots that are compared, and sorted."""
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_permutation_sorts_rows_by_expert_and_gives_identity_slots_none(tokens):
+    experts, slots = np.random.default_rng(0).integers(0, E, (tokens, K)), tokens * K
+    assert (slots > FEW_SLOTS) == (tokens == TOKENS[1])
+    order = permute_by_expert(jnp.asarray(experts, jnp.int32), N, slots)
     flat = experts.reshape(-1)
     np.testing.assert_array_equal(order.group_sizes_X, np.bincount(flat, minlength=E)[:N])
     used = np.count_nonzero(flat < N)
     slot_of_row = np.argsort(np.minimum(flat, N), kind="stable")[:used]
-    wanted = np.full(116, 116)
+    wanted = np.full(slots, slots)
     wanted[:used] = slot_of_row
     np.testing.assert_array_equal(order.slot_of_row_R, wanted)
-    wanted = np.full(116, 116)
+    wanted = np.full(slots, slots)
     wanted[slot_of_row] = range(used)
-    np.testing.assert_array_equal(order.row_of_slot_TK, wanted.reshape(29, K))
+    np.testing.assert_array_equal(order.row_of_slot_TK, wanted.reshape(tokens, K))
 
 
-def test_permutation_with_too_few_rows_keeps_the_first_slots():
-    experts = np.random.default_rng(0).integers(0, E, (29, K)).astype(np.int32)
-    kept = np.cumsum(experts.reshape(-1) < N).reshape(29, K) <= 23
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_permutation_with_too_few_rows_keeps_the_first_slots(tokens):
+    experts = np.random.default_rng(0).integers(0, E, (tokens, K)).astype(np.int32)
+    kept = np.cumsum(experts.reshape(-1) < N).reshape(tokens, K) <= 23
     order = permute_by_expert(jnp.asarray(experts), N, 23)
-    alone = permute_by_expert(jnp.asarray(np.where(kept, experts, N)), N, 116)
+    alone = permute_by_expert(jnp.asarray(np.where(kept, experts, N)), N, tokens * K)
     assert order.group_sizes_X.sum() == 23
     np.testing.assert_array_equal(order.group_sizes_X, alone.group_sizes_X)
     np.testing.assert_array_equal(order.slot_of_row_R, alone.slot_of_row_R[:23])
