@@ -150,6 +150,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same_run(trained, tmp_path / "killed", 60)
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_is_bit_equal_with_a_profile_too(
     corpus: Path, trained: Path, tmp_path: Path
 ) -> None:
