@@ -61,8 +61,8 @@ def permute_by_expert(experts_TK: jax.Array, num_experts: int, num_rows: int) ->
 def _by_comparison(
     key_S: jax.Array, shape: tuple[int, int], num_experts: int, num_rows: int
 ) -> Permutation:
-    """The same of few slots: every pair is compared, in three kernels where a sort and what it
-    needs take a dozen. A decoding step waits for launches.
+    """The same of few slots: every pair is compared, in fewer kernels than a sort and what follows
+    it. A decoding step waits for launches.
     """
     slots = len(key_S)
     place_S = jnp.arange(slots, dtype=jnp.int32)
