@@ -83,15 +83,11 @@ def store_by_slots(values: jax.Array, slots: Any, target: Any) -> None:
     """Copies a matrix [rows, width] to device memory by way of some slots [slots, rows, 64], which
     products and copies of this warpgroup may have read. The last copies are in flight.
     """
-    columns = range(0, values.shape[1], PIECE)
-    for start in range(0, len(columns), slots.shape[0]):
-        some = columns[start : start + slots.shape[0]]
+    room = slots.shape[0] * PIECE
+    for column in range(0, values.shape[1], room):
+        some = values[:, column : column + room]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # all threads meet: products ended, too
-        for i, column in enumerate(some):
-            slots[i] = values[:, column : column + PIECE]
-        plgpu.commit_smem()
-        for i, column in enumerate(some):
-            plgpu.copy_smem_to_gmem(slots.at[i], target.at[:, pl.ds(column, PIECE)])
+        store_pieces(some, slots, target.at[:, pl.ds(column, some.shape[1])])
 
 
 def store_pieces(values: jax.Array, pieces: Any, target: Any) -> None:

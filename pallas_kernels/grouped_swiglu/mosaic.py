@@ -99,11 +99,10 @@ def _walk(
     return lax.fori_loop(jnp.int32(0), jnp.int32(pieces), step, carry)
 
 
-def _clear(targets: list[Part], row: jax.Array, buffers: Buffers) -> None:
+def _clear(matrix: Any, row: jax.Array, buffers: Buffers) -> None:
     """Starts writing zeros to the rows from `row` on."""
     buffers.targets[0, 0] = plgpu.layout_cast(jnp.zeros(SHAPE, buffers.targets.dtype), MATRIX)
     plgpu.commit_smem()
-    matrix = targets[0].matrix
 
     def copy(i: jax.Array, _: None) -> None:
         plgpu.copy_smem_to_gmem(buffers.targets.at[0, 0], Part(matrix).piece(row, i))
@@ -132,7 +131,7 @@ class _Tile:
 
 
 def _forward_kernel(wide: Any, gates: Any, num_rows: Any, out: Any, buffers: Buffers) -> None:
-    tile, targets, width = _Tile(num_rows), [Part(out)], out.shape[1]
+    tile, width = _Tile(num_rows), out.shape[1]
 
     @pl.when(tile.in_use)
     def _() -> None:
@@ -143,9 +142,9 @@ def _forward_kernel(wide: Any, gates: Any, num_rows: Any, out: Any, buffers: Buf
             return None, [gate / (1 + jnp.exp(-gate)) * up * weights]
 
         sources, pieces = [Part(wide), Part(wide, width)], width // PIECE
-        _walk(compute, sources, targets, tile.row, pieces, buffers, None)
+        _walk(compute, sources, [Part(out)], tile.row, pieces, buffers, None)
 
-    pl.when(jnp.logical_not(tile.in_use))(lambda: _clear(targets, tile.row, buffers))
+    pl.when(jnp.logical_not(tile.in_use))(lambda: _clear(out, tile.row, buffers))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -175,7 +174,7 @@ def _backward_kernel(
 
     @pl.when(jnp.logical_not(tile.in_use))
     def _() -> None:
-        _clear(targets, tile.row, buffers)
+        _clear(dwide, tile.row, buffers)
         buffers.sums[...] = none
 
     plgpu.commit_smem()

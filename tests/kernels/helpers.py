@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+from pallas_kernels import _common
 
 ROOT = Path(__file__).parents[2]
 # Dtypes of indices, a number of rows, an index outside: what fits one need not fit the other.
@@ -68,6 +71,12 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                 inner = getattr(leaf, "jaxpr", leaf)
                 if hasattr(inner, "eqns"):
                     yield from _equations(inner)
+
+
+def require_hopper() -> None:
+    """Skips the test where there is no GPU that Mosaic's kernels run on."""
+    if _common.compute_capability() != _common.HOPPER:
+        pytest.skip("needs a GPU of compute capability 9.0")
 
 
 def compiled_float_scatters(text: str) -> list[str]:

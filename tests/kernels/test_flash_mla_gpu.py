@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _common, flash_mla
+from pallas_kernels import flash_mla
 from tests.kernels import helpers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -16,8 +16,7 @@ NAMES = ("out", "dq", "dk", "dv", "drope")
 
 @pytest.fixture(scope="module", autouse=True)
 def _hopper():
-    if _common.compute_capability() != _common.HOPPER:
-        pytest.skip("needs a GPU of compute capability 9.0")
+    helpers.require_hopper()
 
 
 RELEASED = (128, 64, 128)  # widths of keys, rope and values

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _common, grouped_gemm, grouped_gemm_weight_gradient
+from pallas_kernels import grouped_gemm, grouped_gemm_weight_gradient
 from tests.kernels import helpers
 
 ROWS, CONTRACT, WIDTH = 200, 24, 40
@@ -174,8 +174,7 @@ def test_weight_gradient_refuses(change, message):
 @pytest.mark.parametrize("contract, width", [(192, 576), (64, 128), (256, 512)])
 def test_weight_gradient_is_added_on_hopper(contract, width):
     """In L2, where tiles stick out of the matrix too: the interpreter shows neither."""
-    if _common.compute_capability() != _common.HOPPER:
-        pytest.skip("needs a GPU of compute capability 9.0")
+    helpers.require_hopper()
     rows, sizes = 1300, jnp.asarray([700, 0, 1, 300], jnp.int32)
     rng = np.random.default_rng(3)
     draw = helpers.values_of_many_magnitudes

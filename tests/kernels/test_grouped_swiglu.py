@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import _common, grouped_swiglu
+from pallas_kernels import grouped_swiglu
 from pallas_kernels.grouped_swiglu import shapes
 from tests.kernels import helpers, interpreted_swiglu
 
@@ -50,8 +50,7 @@ def test_mosaic_has_no_races(interpreted):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", [*interpreted_swiglu.CASES, "large"])
 def test_mosaic_equals_float64_on_a_gpu(name):
-    if _common.compute_capability() != _common.HOPPER:
-        pytest.skip("needs a GPU of compute capability 9.0")
+    helpers.require_hopper()
     large = interpreted_swiglu.Case(5_008, 3_001, 1024)
     case = interpreted_swiglu.CASES.get(name, large)
     first = interpreted_swiglu.swiglu(case, "mosaic")

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _common, mla_decode
+from pallas_kernels import mla_decode
 from pallas_kernels.mla_decode import mosaic, shapes
 from tests.kernels import helpers
 from tests.kernels import interpreted as interpreted_cases
@@ -177,8 +177,7 @@ def test_mosaic_lowers_for_cuda(shape, page):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("case", [*interpreted_cases.DECODES, "released width"])
 def test_mosaic_equals_exact_attention_on_a_gpu(case):
-    if _common.compute_capability() != _common.HOPPER:
-        pytest.skip("needs a GPU of compute capability 9.0")
+    helpers.require_hopper()
     wide = interpreted_cases.Decode(2, 64, 512, 64, 1024, (1000, 129, 1, 0), page=64)
     assert_exact_enough(interpreted_cases.decode(interpreted_cases.DECODES.get(case, wide)))
 

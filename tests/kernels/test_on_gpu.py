@@ -34,8 +34,7 @@ HIDDEN, FFN, EXPERTS, SELECTED = 256, 128, 8, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def _hopper():
-    if _common.compute_capability() != _common.HOPPER:
-        pytest.skip("needs a GPU of compute capability 9.0")
+    helpers.require_hopper()
 
 
 def normal(seed, *shape, dtype="bfloat16"):
