@@ -32,6 +32,7 @@ FLOORS: dict[str, float] = {
     "longcat_jax.sharding": 1.2,
     "longcat_jax.parallel.pipeline.schedule": 1.1,
     "longcat_jax.model": 2,
+    "longcat_jax.model.dense": 2,
     "longcat_jax.model.norm": 2,
     "longcat_jax.model.remat": 1.9,
     "longcat_jax.model.rope": 2,

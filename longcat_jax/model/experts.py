@@ -102,10 +102,13 @@ def real_experts(
     num_rows = most if num_rows is None else min(num_rows, most)
     order = permute_by_expert(experts_TK, num_experts, num_rows)
     token_of_row_R = order.slot_of_row_R // K
-    rows_RD = gather_rows(x_TD, token_of_row_R, order.row_of_slot_TK)
+    # Few rows go into fusions of XLA's with what stands beside them, a kernel of ours is a launch.
+    few = "reference" if T * K <= FEW_SLOTS else None
+    rows_RD = gather_rows(x_TD, token_of_row_R, order.row_of_slot_TK, implementation=few)
     wide_RF = keep(grouped_gemm(rows_RD, gate_up_XDF, order.group_sizes_X))
     slots = gates_TK.reshape(-1, 1), order.slot_of_row_R, order.row_of_slot_TK.reshape(-1, 1)
     gates_R1 = gather_rows(*slots, implementation="reference")  # numbers, not rows
-    narrow_RF = grouped_swiglu(wide_RF, gates_R1[:, 0], order.group_sizes_X.sum())
+    in_use = order.group_sizes_X.sum()
+    narrow_RF = grouped_swiglu(wide_RF, gates_R1[:, 0], in_use, implementation=few)
     rows_RD = grouped_gemm(narrow_RF, down_XFD, order.group_sizes_X)
     return gather_sum(rows_RD, token_of_row_R, order.row_of_slot_TK)

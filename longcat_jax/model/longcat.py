@@ -18,6 +18,7 @@ from flax import struct
 
 from longcat_jax.config import ModelConfig, ParallelConfig, ProxyConfig
 from longcat_jax.model.block import Block
+from longcat_jax.model.dense import dense
 from longcat_jax.model.embed import embed
 from longcat_jax.model.mla import AttentionInput
 from longcat_jax.model.mtp import MTPHead
@@ -199,9 +200,7 @@ def mtp_hidden(
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
     """Logits [..., W] in at least float32."""
     head_DW = params["lm_head"].astype(hidden.dtype)
-    return jnp.matmul(
-        hidden, head_DW, preferred_element_type=jnp.promote_types(hidden, jnp.float32)
-    )
+    return dense(hidden, head_DW, out_dtype=jnp.promote_types(hidden, jnp.float32))
 
 
 def forward(

@@ -17,6 +17,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
+from longcat_jax.model.dense import dense, products
 from longcat_jax.model.norm import rms_norm
 from longcat_jax.model.remat import keep
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
@@ -71,25 +72,29 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
 
 
-def _query(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> tuple:
+def _down(x_BTD: jax.Array, weights: dict) -> tuple[jax.Array, ...]:
+    """Both down-projections: of queries [B, T, Q], of keys and values [B, T, U]."""
+    low = products(x_BTD, weights["q_a_proj"], weights["kv_a_proj_with_mqa"])
+    return tuple(map(keep, low))
+
+
+def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
     """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P]."""
-    c, (B, T, D) = config, x_BTD.shape
-    low_BTQ = keep(x_BTD @ weights["q_a_proj"])
+    c, (B, T, _) = config, low_BTQ.shape
     low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
-    q = (low_BTQ @ weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
-    q = q * (D / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
+    q = dense(low_BTQ, weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
+    q = q * (c.hidden_size / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
     return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
 
 
-def _latent(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
+def _latent(config: ModelConfig, low_BTU: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
     """What a cache holds of each token [B, T, U]; the rope key is shared by all heads and not
     scaled.
     """
     c = config
-    low = keep(x_BTD @ weights["kv_a_proj_with_mqa"])
-    latent = rms_norm(low[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
-    latent = latent * (x_BTD.shape[-1] / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
-    k_rope = rotate(low[..., None, c.kv_lora_rank :], rope)[:, :, 0]
+    latent = rms_norm(low_BTU[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
+    latent = latent * (c.hidden_size / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
+    k_rope = rotate(low_BTU[..., None, c.kv_lora_rank :], rope)[:, :, 0]
     return jnp.concatenate([latent, k_rope], axis=-1)
 
 
@@ -134,13 +139,14 @@ def expanded(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention among the T tokens themselves -> (output [B, T, D], latent [B, T, U])."""
     c, (B, T, _) = config, x_BTD.shape
-    latent_BTU = _latent(c, x_BTD, weights, tokens.rope)
-    q_BTHQ = keep(jnp.concatenate(_query(c, x_BTD, weights, tokens.rope), axis=-1))
+    low_BTQ, low_BTU = _down(x_BTD, weights)
+    latent_BTU = _latent(c, low_BTU, weights, tokens.rope)
+    q_BTHQ = keep(jnp.concatenate(_query(c, low_BTQ, weights, tokens.rope), axis=-1))
     on_device = on_shards(
         functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
     )
     out_BTHV = on_device(q_BTHQ, latent_BTU, weights["kv_b_proj"], tokens.segment_ids_BT)
-    return out_BTHV.reshape(B, T, -1) @ weights["o_proj"], latent_BTU
+    return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"]), latent_BTU
 
 
 def absorbed(
@@ -152,8 +158,9 @@ def absorbed(
 ) -> tuple[jax.Array, LatentCache]:
     """Appends the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
     c, (B, T, _) = config, x_BTD.shape
-    cache = _write(cache, _latent(c, x_BTD, weights, tokens.rope))
-    q_nope, q_rope = _query(c, x_BTD, weights, tokens.rope)
+    low_BTQ, low_BTU = _down(x_BTD, weights)
+    cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
+    q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope)
     w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
     q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
     out_BTHC = mla_decode(
@@ -165,7 +172,7 @@ def absorbed(
         block_tables_BP=cache.rows_B[:, None],
     )
     out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHC, w_uv_CHV)
-    return out_BTHV.reshape(B, T, -1) @ weights["o_proj"], cache
+    return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"]), cache
 
 
 class MLA(nn.Module):

@@ -15,6 +15,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
+from longcat_jax.model.dense import FEW_TOKENS
 from longcat_jax.model.remat import keep
 from longcat_jax.parameters import router_bias, router_matrix
 from longcat_jax.sharding import TOKENS, on_shards
@@ -115,6 +116,21 @@ def largest_one_by_one(x_BTE: jax.Array, count: int) -> jax.Array:
     return jnp.stack(chosen, axis=-1)
 
 
+def largest_by_comparison(x_BTE: jax.Array, count: int) -> jax.Array:
+    """The same of few tokens: all pairs are compared, in two kernels instead of one for every
+    maximum. A decoding step waits for launches.
+    """
+    E = x_BTE.shape[-1]
+    x_BTE = jnp.maximum(x_BTE, jnp.finfo(x_BTE.dtype).min)
+    ids_E = jnp.arange(E, dtype=jnp.int32)
+    one, other = x_BTE[..., :, None], x_BTE[..., None, :]
+    earlier_EE = (ids_E[None, :] < ids_E[:, None])[None, None]
+    rank_BTE = ((other > one) | ((other == one) & earlier_EE)).sum(-1, dtype=jnp.int32)
+    places_K1 = jnp.arange(count, dtype=jnp.int32)[:, None]
+    chosen_BTKE = rank_BTE[..., None, :] == places_K1[None, None]
+    return jnp.where(chosen_BTKE, ids_E[None, None, None], 0).sum(-1, dtype=jnp.int32)
+
+
 @jax.custom_vjp
 def select(p_BTE: jax.Array, experts_BTK: jax.Array) -> jax.Array:
     """p of the chosen experts; the gradient is a sum over K in fixed order instead of a scatter."""
@@ -205,10 +221,12 @@ class Router(nn.Module):
             p_BTE = p_BTE + shift_E[None, None]
 
         def choose(p_BTE: jax.Array, bias_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+            few = p_BTE.shape[0] * p_BTE.shape[1] <= FEW_TOKENS
+            largest = largest_by_comparison if few else largest_one_by_one
             choice_BTE = jax.lax.stop_gradient(p_BTE) + bias_E[None, None]
             experts_BTK = jax.lax.platform_dependent(
                 choice_BTE,
-                cuda=lambda x_BTE: largest_one_by_one(x_BTE, c.moe_topk),
+                cuda=lambda x_BTE: largest(x_BTE, c.moe_topk),
                 default=lambda x_BTE: jax.lax.top_k(x_BTE, c.moe_topk)[1],
             )
             experts_BTK = keep(experts_BTK)

@@ -74,8 +74,14 @@ class RowSteps(NamedTuple):
     edge_rows_GE: jax.Array  # rows of the copies by group number; num_rows where they are zero
 
 
+def _running_sum(x_G: jax.Array) -> jax.Array:
+    """cumsum of few numbers, by comparing all pairs of places: in one kernel."""
+    g_G = jnp.arange(x_G.shape[0], dtype=jnp.int32)
+    return jnp.sum(jnp.where(g_G[None] <= g_G[:, None], x_G[None], 0), axis=1, dtype=jnp.int32)
+
+
 def _bounds(group_sizes_G: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    ends_G = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32), dtype=jnp.int32), num_rows)
+    ends_G = jnp.minimum(_running_sum(group_sizes_G.astype(jnp.int32)), num_rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]]), ends_G
 
 
@@ -85,7 +91,7 @@ def row_tiles(group_sizes_G: jax.Array, num_rows: int, tile: int) -> RowTiles:
     starts_G, ends_G = _bounds(group_sizes_G, num_rows)
     bases_G = starts_G // ALIGNMENT * ALIGNMENT
     tiles_G = jnp.where(ends_G > starts_G, (ends_G - bases_G + tile - 1) // tile, 0)
-    last_G = jnp.cumsum(tiles_G, dtype=jnp.int32)
+    last_G = _running_sum(tiles_G)
     t_T = jnp.arange(num_rows // tile + 2 * num_groups, dtype=jnp.int32)
     group_T = jnp.sum(t_T[:, None] >= last_G[None, :], axis=1, dtype=jnp.int32)
     group_T = jnp.minimum(group_T, num_groups - 1)

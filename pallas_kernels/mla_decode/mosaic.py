@@ -29,7 +29,7 @@ LOADER_REGISTERS, COMPUTE_REGISTERS = 24, 240
 MAX_STAGES = 4
 PIECE = 256  # the most columns of one product
 SHARED_MEMORY = 232448 - 2048  # bytes of a CTA, less the small buffers and barriers
-MIN_SPLIT, MAX_SPLIT = 256, 4096  # cache entries
+MIN_SPLIT, MAX_SPLIT = 64, 4096  # cache entries
 LOWEST = -1e30  # below any score, yet finite: a row may see nothing of its split
 LOG2_E = math.log2(math.e)
 

@@ -33,7 +33,13 @@ from pallas_kernels import (
 from pallas_kernels.grouped_gemm import mosaic as grouped_mosaic
 from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
-from tests.kernels import helpers, interpreted_swiglu, register_wgmma, scatter_order
+from tests.kernels import (
+    helpers,
+    interpreted_skinny,
+    interpreted_swiglu,
+    register_wgmma,
+    scatter_order,
+)
 from tests.kernels.interpreted_attention import ATTENTIONS, attention
 
 NUM_SMS = 2
@@ -252,6 +258,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         f"swiglu {name}": lambda case=case: interpreted_swiglu.swiglu(case, "mosaic")
         for name, case in interpreted_swiglu.CASES.items()
     },
+    **{
+        f"skinny {name}": lambda case=case: interpreted_skinny.skinny(case, "mosaic")
+        for name, case in interpreted_skinny.CASES.items()
+    },
 }
 RACES = {
     "grouped uneven",
@@ -262,6 +272,7 @@ RACES = {
     "decode two row tiles",
     "attention packed",
     "swiglu cut",
+    "skinny two matrices",
     "race",
 }
 

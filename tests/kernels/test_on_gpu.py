@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longcat_jax.inference.cache import extend, prefill
+from longcat_jax.model import longcat
 from longcat_jax.model.experts import real_experts
 from longcat_jax.parallel.compiler import compiler_options
 from longcat_jax.sharding import batch_sharding, make_mesh
@@ -206,8 +208,8 @@ def test_experts_gradients_equal_the_references():
         assert helpers.relative_error(ours, wanted) <= limit <= 4 * ROUNDING
 
 
-def test_train_step_uses_the_kernels_and_scatters_no_floats():
-    model = dict(
+def small_model():
+    return dict(
         vocab_size=640,
         hidden_size=HIDDEN,
         num_layers=2,
@@ -225,7 +227,10 @@ def test_train_step_uses_the_kernels_and_scatters_no_floats():
         moe_topk_real=2.5,
         dtype="bfloat16",
     )
-    config = tiny_config(model=model, train=dict(global_batch=2, sequence_length=256))
+
+
+def test_train_step_uses_the_kernels_and_scatters_no_floats():
+    config = tiny_config(model=small_model(), train=dict(global_batch=2, sequence_length=256))
     devices = make_mesh(config.mesh)
     with jax.set_mesh(devices):
         state = state_from_params(config, devices, random_params(config))
@@ -248,3 +253,23 @@ def test_train_step_uses_the_kernels_and_scatters_no_floats():
     assert not helpers.compiled_float_scatters(compiled.as_text())
     assert helpers.same_bits(first, second)
     assert np.isfinite(first[1]["loss"])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_decoding_step_uses_the_kernels_and_equals_the_references(rows):
+    config = tiny_config(model=small_model())
+    params = longcat.working_params(random_params(config), config.model)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 640, (rows, 48)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(47, dtype=jnp.int32), (rows, 47))
+    prompts = longcat.Sequence(tokens[:, :47], positions, jnp.ones_like(positions))
+
+    def last_hidden(params):
+        _, cache = prefill(params, config.model, prompts, capacity=64)
+        return extend(params, config.model, tokens[:, 47:], cache)[0]
+
+    lowered = jax.jit(last_hidden).lower(params)
+    text = lowered.as_text()
+    assert not [n for n in ("skinny_gemm", "mla_decode", "grouped_gemm") if n not in text]
+    with _common.kernels("reference"):
+        plain = jax.jit(lambda params: last_hidden(params))(params)
+    assert helpers.relative_error(lowered.compile()(params), plain) <= 4 * ROUNDING

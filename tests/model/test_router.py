@@ -11,6 +11,7 @@ from longcat_jax.model.router import (
     Router,
     Routing,
     balance_loss,
+    largest_by_comparison,
     largest_one_by_one,
     router_statistics,
     select,
@@ -126,15 +127,17 @@ def test_product_of_bfloat16_and_float32_rounds_neither():
     assert relative_error(dx, exact_dx) <= 1.05 * rounding
 
 
-def test_largest_one_by_one_selects_what_top_k_does():
+@pytest.mark.parametrize("largest", [largest_one_by_one, largest_by_comparison])
+def test_largest_selects_what_top_k_does(largest):
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.integers(-4, 4, (ROWS, TOKENS, E)) / 8)  # many ties
-    np.testing.assert_array_equal(largest_one_by_one(x, K), jax.lax.top_k(x, K)[1])
+    np.testing.assert_array_equal(largest(x, K), jax.lax.top_k(x, K)[1])
 
 
-def test_largest_one_by_one_takes_no_index_twice():
+@pytest.mark.parametrize("largest", [largest_one_by_one, largest_by_comparison])
+def test_largest_takes_no_index_twice(largest):
     x = jnp.full((ROWS, TOKENS, E), -jnp.inf).at[..., 5].set(1.0).at[1, :, 0].set(-2.0)
-    np.testing.assert_array_equal(largest_one_by_one(x, K), jax.lax.top_k(x, K)[1])
+    np.testing.assert_array_equal(largest(x, K), jax.lax.top_k(x, K)[1])
 
 
 def test_shift_is_added_to_every_p_after_the_softmax():

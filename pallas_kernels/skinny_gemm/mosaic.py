@@ -1,0 +1,147 @@
+"""The operator for Hopper: every weight is read once, by a CTA of its own, as fast as memory gives.
+
+A CTA is one warpgroup and owns 64 columns of a matrix and one split of the contracted dimension. It
+loads both operands into a ring of stages, multiplies with all 64 rows that a wgmma has (those past
+M hold anything and go nowhere), and stores its sums in float32. XLA adds the splits in fixed order,
+within whatever reads the result.
+
+M rows, padded to a multiple of 8; K contracted; N columns; S splits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _common, _mosaic
+from pallas_kernels.skinny_gemm import reference
+
+ROWS = 64  # of a wgmma
+ROW_MULTIPLE = 8  # rows of a tile of swizzled shared memory
+PIECE = 64  # columns of a CTA, and entries of a step: a swizzled row of 16-bit numbers
+STAGES = 6  # steps in shared memory: two CTAs fit into an SM
+
+
+class Buffers(NamedTuple):
+    """Shared memory: operands by stage, sums, barriers by stage."""
+
+    x: Any
+    w: Any
+    sums: Any
+    full: Any
+
+
+def _buffer_types(dtype: Any) -> Buffers:
+    tiles = plgpu.SMEM((STAGES, ROWS, PIECE), dtype, transforms=_mosaic.tiled(dtype))
+    return Buffers(
+        x=tiles,
+        w=tiles,
+        sums=plgpu.SMEM((ROWS, PIECE), jnp.float32, transforms=_mosaic.tiled(jnp.float32)),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    )
+
+
+def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array) -> None:
+    """One CTA's columns and split of x w."""
+    split, tile = _mosaic.divmod_by(cta, w.shape[1] // PIECE)
+    columns, rows = pl.ds(pl.multiple_of(tile * PIECE, PIECE), PIECE), pl.ds(0, x.shape[0])
+
+    def load(i: jax.Array) -> None:
+        stage = lax.rem(i, jnp.int32(STAGES))
+        part = pl.ds(pl.multiple_of((split * steps + i) * PIECE, PIECE), PIECE)
+        full = buffers.full.at[stage]
+        plgpu.copy_gmem_to_smem(w.at[part, columns], buffers.w.at[stage], full)
+        plgpu.copy_gmem_to_smem(x.at[:, part], buffers.x.at[stage, rows], full)
+
+    for i in range(min(STAGES, steps)):
+        load(jnp.int32(i))
+
+    def multiply(sums: Any) -> jax.Array:
+        def step(i: jax.Array, _: None) -> None:
+            stage = lax.rem(i, jnp.int32(STAGES))
+            plgpu.barrier_wait(buffers.full.at[stage])
+            plgpu.wgmma(sums, buffers.x.at[stage], buffers.w.at[stage])
+
+            @pl.when((i > 0) & (i - 1 + STAGES < steps))
+            def _() -> None:
+                plgpu.wgmma_wait(1)
+                plgpu.commit_smem()  # all warps are done with the step before
+                load(i - 1 + STAGES)
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, None)
+        return sums[...]
+
+    buffers.sums[...] = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffers.sums.at[rows], out.at[split, :, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(x: Any, matrices: Any, *results: Any, steps: int) -> None:
+    *outs, buffers = results
+    cta, first = lax.axis_index("cta"), 0
+    for w, out in zip(matrices, outs, strict=True):
+        last = first + out.shape[0] * (out.shape[2] // PIECE)
+        run = functools.partial(_part, x, w, out, buffers, steps, cta - first)
+        pl.when((cta >= first) & (cta < last))(run)
+        first = last
+
+
+def splits(contracted: int, columns: int) -> int:
+    """Into how many parts of equally many steps K is cut: as many as give every SM a CTA at most.
+
+    A function of shapes only: it decides the order of sums.
+
+    Args:
+      contracted: K.
+      columns: of all matrices together.
+    """
+    steps, tiles = contracted // PIECE, columns // PIECE
+    fitting = (s for s in range(1, steps + 1) if steps % s == 0 and s * tiles <= _mosaic.HOPPER_SMS)
+    return max(fitting, default=1)
+
+
+Matrices = tuple[jax.Array, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _products(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> Matrices:
+    rows, contracted = x_MK.shape
+    x_MK = jnp.pad(x_MK, ((0, -rows % ROW_MULTIPLE), (0, 0)))
+    widths = [w_KN.shape[1] for w_KN in matrices]
+    parts = splits(contracted, sum(widths))
+    sums = plgpu.kernel(
+        functools.partial(_kernel, steps=contracted // PIECE // parts),
+        out_type=tuple(
+            jax.ShapeDtypeStruct((parts, x_MK.shape[0], width), jnp.float32) for width in widths
+        ),
+        scratch_types=(_buffer_types(x_MK.dtype),),
+        grid=(parts * sum(widths) // PIECE,),
+        grid_names=("cta",),
+        kernel_name="skinny_gemm",
+    )(x_MK, matrices)
+    axes = _common.varying_axes(x_MK, *matrices)
+    return tuple(
+        _common.vary(sums_SMN, axes)[:, :rows].sum(axis=0).astype(out_dtype) for sums_SMN in sums
+    )
+
+
+def _forward(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> tuple[Matrices, Any]:
+    return _products(x_MK, matrices, out_dtype), (x_MK, matrices)
+
+
+def _backward(out_dtype: Any, residuals: Any, douts: Matrices) -> tuple[jax.Array, Matrices]:
+    plain = functools.partial(reference.skinny_gemm, out_dtype=out_dtype)
+    return jax.vjp(plain, *residuals)[1](douts)
+
+
+_products.defvjp(_forward, _backward)
+
+
+def skinny_gemm(x_MK: jax.Array, matrices: Matrices, *, out_dtype: Any) -> Matrices:
+    """The public operator, arguments already checked."""
+    return _products(x_MK, matrices, out_dtype)
