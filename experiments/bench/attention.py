@@ -22,6 +22,8 @@ from experiments.bench import timing
 from pallas_kernels import flash_mla
 from pallas_kernels.flash_mla import shapes
 
+LAYERS = 4  # attentions of a program, where it has several
+
 
 class Operands(NamedTuple):
     """Normal numbers in bfloat16; `rope` is the part of the keys that all heads share."""
@@ -34,8 +36,8 @@ class Operands(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def draw(shape: shapes.Shape) -> Operands:
-    """Fixed operands of a shape."""
+def draw(shape: shapes.Shape, seed: int = 0) -> Operands:
+    """Operands of a shape."""
     lead = shape.batch, shape.tokens, shape.heads
     dims = (
         (*lead, shape.nope + shape.rope),
@@ -44,7 +46,7 @@ def draw(shape: shapes.Shape) -> Operands:
         (*lead, shape.value),
         (*lead, shape.value),
     )
-    keys = jax.random.split(jax.random.key(0), len(dims))
+    keys = jax.random.split(jax.random.key(seed), len(dims))
     return Operands(
         *(jax.random.normal(k, d, jnp.bfloat16) for k, d in zip(keys, dims, strict=True))
     )
@@ -106,7 +108,7 @@ def _cudnn(shape: shapes.Shape) -> Callable[..., jax.Array]:
     return attend
 
 
-def _jax_passes(attend: Callable[..., Any], args: tuple[Any, ...], dout: jax.Array) -> dict:
+def _jax_passes(attend: Callable[..., Any], args: tuple[Any, ...], dout: Any) -> dict:
     """Compiled forward, backward alone and both, with their arguments."""
 
     def both(args: Any, dout: Any) -> Any:
@@ -238,16 +240,24 @@ def bench_long(rounds: int) -> None:
 
 
 def bench_packed(rounds: int) -> None:
-    """Documents of 2048 tokens packed into 8192: time against a quarter of the whole's."""
+    """Documents of 2048 tokens packed into 8192: time of an attention against a quarter of the
+    whole's. A program has several that share the segment ids, as the layers of a model.
+    """
     shape = shapes.PRODUCTION[0]
-    x = draw(shape)
+    layers = [draw(shape, seed) for seed in range(LAYERS)]
+    operands = tuple((x.q, x.k, x.rope, x.v) for x in layers)
+    douts = [x.dout for x in layers]
     document = 2048
     ids = jnp.arange(shape.tokens, dtype=jnp.int32)[None] // document
     contenders = {}
     for name, segment_ids in (("whole", None), ("packed", ids)):
-        passes = _jax_passes(_ours(shape, segment_ids), (x.q, x.k, x.rope, x.v), x.dout)
-        for step, (compiled, operands) in passes.items():
-            contenders[name, step] = timing.jax_contender(compiled, operands, 1)
+        attend = _ours(shape, segment_ids)
+
+        def all_layers(*layers: Any, attend: Any = attend) -> list[jax.Array]:
+            return [attend(*layer) for layer in layers]
+
+        for step, (compiled, args) in _jax_passes(all_layers, operands, douts).items():
+            contenders[name, step] = timing.jax_contender(compiled, args, LAYERS)
     seconds = timing.medians(contenders, rounds=rounds)
     rows = {}
     for step in flops(shape):
