@@ -71,25 +71,32 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
 
 
-def _query(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> tuple:
+def _down(x_BTD: jax.Array, weights: dict) -> list[jax.Array]:
+    """Queries' latent [B, T, Q], and that of keys and values with the rope key [B, T, U]: one
+    product, and so is its gradient to x.
+    """
+    q_a, kv_a = weights["q_a_proj"], weights["kv_a_proj_with_mqa"]
+    low = keep(x_BTD @ jnp.concatenate([q_a, kv_a], axis=1))
+    return jnp.split(low, [q_a.shape[1]], axis=-1)
+
+
+def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
     """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P]."""
-    c, (B, T, D) = config, x_BTD.shape
-    low_BTQ = keep(x_BTD @ weights["q_a_proj"])
+    c, (B, T, _) = config, low_BTQ.shape
     low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
     q = (low_BTQ @ weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
-    q = q * (D / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
+    q = q * (c.hidden_size / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
     return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
 
 
-def _latent(config: ModelConfig, x_BTD: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
+def _latent(config: ModelConfig, low_BTU: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
     """What a cache holds of each token [B, T, U]; the rope key is shared by all heads and not
     scaled.
     """
     c = config
-    low = keep(x_BTD @ weights["kv_a_proj_with_mqa"])
-    latent = rms_norm(low[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
-    latent = latent * (x_BTD.shape[-1] / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
-    k_rope = rotate(low[..., None, c.kv_lora_rank :], rope)[:, :, 0]
+    latent = rms_norm(low_BTU[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
+    latent = latent * (c.hidden_size / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
+    k_rope = rotate(low_BTU[..., None, c.kv_lora_rank :], rope)[:, :, 0]
     return jnp.concatenate([latent, k_rope], axis=-1)
 
 
@@ -134,8 +141,9 @@ def expanded(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention among the T tokens themselves -> (output [B, T, D], latent [B, T, U])."""
     c, (B, T, _) = config, x_BTD.shape
-    latent_BTU = _latent(c, x_BTD, weights, tokens.rope)
-    q_BTHQ = keep(jnp.concatenate(_query(c, x_BTD, weights, tokens.rope), axis=-1))
+    low_BTQ, low_BTU = _down(x_BTD, weights)
+    latent_BTU = _latent(c, low_BTU, weights, tokens.rope)
+    q_BTHQ = keep(jnp.concatenate(_query(c, low_BTQ, weights, tokens.rope), axis=-1))
     on_device = on_shards(
         functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
     )
@@ -152,8 +160,9 @@ def absorbed(
 ) -> tuple[jax.Array, LatentCache]:
     """Appends the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
     c, (B, T, _) = config, x_BTD.shape
-    cache = _write(cache, _latent(c, x_BTD, weights, tokens.rope))
-    q_nope, q_rope = _query(c, x_BTD, weights, tokens.rope)
+    low_BTQ, low_BTU = _down(x_BTD, weights)
+    cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
+    q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope)
     w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
     q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
     out_BTHC = mla_decode(
