@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from longcat_jax.model.remat import keep
+from longcat_jax.model.remat import keep, keep_if_ample
 from pallas_kernels import gather_rows, gather_sum, grouped_gemm, grouped_swiglu
 
 FEW_SLOTS = 1024
@@ -107,5 +107,6 @@ def real_experts(
     slots = gates_TK.reshape(-1, 1), order.slot_of_row_R, order.row_of_slot_TK.reshape(-1, 1)
     gates_R1 = gather_rows(*slots, implementation="reference")  # numbers, not rows
     narrow_RF = grouped_swiglu(wide_RF, gates_R1[:, 0], order.group_sizes_X.sum())
+    narrow_RF = keep_if_ample(narrow_RF)
     rows_RD = grouped_gemm(narrow_RF, down_XFD, order.group_sizes_X)
     return gather_sum(rows_RD, token_of_row_R, order.row_of_slot_TK)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
 from longcat_jax.model.norm import rms_norm
-from longcat_jax.model.remat import keep
+from longcat_jax.model.remat import keep, keep_if_ample
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
 from longcat_jax.parallel.context import attend_in_place, gather_row
 from longcat_jax.parameters import matrix, norm_weight
@@ -119,8 +119,8 @@ def _attend(
     # The weights are cut in two, not what they give: that is 2 T / C times as much to copy.
     w_uk_CHN, w_uv_CHV = _up_projections(c, gather_weight(kv_b, DENSE, dim=0))
     latent_BSC, k_rope_BSP = jnp.split(latent_BSU, [c.kv_lora_rank], axis=-1)
-    k_BSHN = jnp.einsum("bsc,chn->bshn", latent_BSC, w_uk_CHN)
-    v_BSHV = jnp.einsum("bsc,chv->bshv", latent_BSC, w_uv_CHV)
+    k_BSHN = keep_if_ample(jnp.einsum("bsc,chn->bshn", latent_BSC, w_uk_CHN))
+    v_BSHV = keep_if_ample(jnp.einsum("bsc,chv->bshv", latent_BSC, w_uv_CHV))
 
     def attend(q_BTHQ: jax.Array, offset: jax.Array | None) -> jax.Array:
         return flash_mla(
