@@ -54,6 +54,20 @@ def _chunk_logits(
     return jnp.where(mine_1V, logits_RV, -jnp.inf)
 
 
+def _logsumexp(logits_RW: jax.Array) -> jax.Array:
+    """log sum exp of every row [R], which is read once: maximum and sum are found together."""
+    lowest = jnp.finfo(logits_RW.dtype).min
+
+    def joined(a: tuple, b: tuple) -> tuple:
+        (top_a, total_a), (top_b, total_b) = a, b
+        top = jnp.maximum(top_a, top_b)
+        return top, total_a * jnp.exp(top_a - top) + total_b * jnp.exp(top_b - top)
+
+    start = jnp.array(lowest, logits_RW.dtype), jnp.zeros((), logits_RW.dtype)
+    top_R, total_R = jax.lax.reduce((logits_RW, jnp.ones_like(logits_RW)), start, joined, (1,))
+    return top_R + jnp.log(total_R)
+
+
 def _scan_forward(
     hidden_RD: jax.Array, head_DW: jax.Array, targets_R: jax.Array, width: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -103,7 +117,7 @@ def _cross_entropy_forward(
         return lse_R - target_logit_R, (hidden_RD, head_DW, targets_R, lse_R, None)
     weights_DW = _chunk_weights(head_DW, jnp.int32(0), head_DW.shape[1], hidden_RD.dtype)[0]
     logits_RW = jnp.matmul(hidden_RD, weights_DW, preferred_element_type=_wide(hidden_RD))
-    lse_R = jax.nn.logsumexp(logits_RW, axis=-1)
+    lse_R = _logsumexp(logits_RW)
     target_logit_R = jnp.take_along_axis(logits_RW, targets_R[:, None], axis=1)[:, 0]
     return lse_R - target_logit_R, (hidden_RD, head_DW, targets_R, lse_R, logits_RW)
 
