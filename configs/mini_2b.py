@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
                 log_every=10,
                 eval_every=500,
                 checkpoint_every=1000,
-                remat="selective",
+                remat="ample",
                 unroll=8,  # all layers
                 vocab_chunk=32768,  # whole
             ),

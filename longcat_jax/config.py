@@ -21,7 +21,7 @@ from longcat_jax.dataclass_mapping import read_json as read_json
 from longcat_jax.dataclass_mapping import to_mapping as to_mapping
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-REMAT_POLICIES = ("none", "selective", "full")
+REMAT_POLICIES = ("none", "ample", "selective", "full")
 SCHEDULES = ("wsd", "cosine")
 KERNELS = ("auto", "reference")  # pallas_kernels.KINDS; here nothing imports JAX
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "q_lora_rank")

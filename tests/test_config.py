@@ -82,7 +82,7 @@ WRONG = {
     "train.eval_batches=-1": ("train.eval_batches=-1", ">= 0"),
     "train.vocab_chunk=0": ("train.vocab_chunk=0", "> 0"),
     "train.sequence_length=2": ("train.sequence_length=2", ">= 3"),
-    "train.remat=some": ("train.remat='some'", "none, selective, full"),
+    "train.remat=some": ("train.remat='some'", "none, ample, selective, full"),
     "train.unroll=0": ("train.unroll=0", "> 0"),
     "train.max_loss_rise=0": ("train.max_loss_rise=0.0", "> 0"),
     "optim.learning_rate=0": ("optim.learning_rate=0.0", "> 0"),

@@ -159,6 +159,7 @@ def test_collectives_are_those_of_the_design():
     sizes |= {size // layers for size in sizes}
     sizes |= {size // 2 for size in sizes}  # experts, cut in two over expert
     sizes |= {model.hidden_size * config.train.vocab_chunk}
+    sizes |= {model.hidden_size * (model.q_lora_rank + model.latent_dim)}  # side by side
     again = sum(one.times for one in found if (one.kind, one.axes) == ("all-gather", ("fsdp",)))
     assert again == 4 * layers, "both experts' weights for either pass, not kept in between"
     gathered = 0

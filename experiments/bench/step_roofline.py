@@ -10,6 +10,7 @@ rows that natural routing leaves empty. Not a measurement.
 """
 
 import argparse
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -54,10 +55,10 @@ def _size(shapes: tuple[hlo.Shape, ...] | list[hlo.Shape]) -> int:
 
 
 def _uses(lines: tuple[hlo.Instruction, ...], name: str) -> Iterator[tuple[str, str]]:
-    """(opcode, operand's name) of what reads a value, seen through bitcasts."""
+    """(opcode, operand's name) of what reads a value, seen through bitcasts and conversions."""
     for line in lines:
         if name in line.operands:
-            if line.opcode == "bitcast":
+            if line.opcode in ("bitcast", "convert"):
                 yield from _uses(lines, line.name)
             else:
                 yield line.opcode, line.name if line.opcode in SLICES else line.operands[0]
@@ -71,7 +72,9 @@ def _fusion_bytes(lines: tuple[hlo.Instruction, ...]) -> int:
             continue
         uses = list(_uses(lines, line.name))
         if uses and all(opcode in SLICES for opcode, _ in uses):
-            total += sum(_size(named[name].shapes) for _, name in uses)
+            (whole,) = line.shapes
+            read = sum(math.prod(named[name].shapes[0].dims) for _, name in uses)
+            total += min(whole.bytes, whole.bytes * read // max(1, math.prod(whole.dims)))
         elif not (uses and all(opcode == "dynamic-update-slice" for opcode, _ in uses)):
             total += _size(line.shapes)
     root = lines[-1]

@@ -1,4 +1,7 @@
-"""Products with dense weights. M tokens, D and N widths."""
+"""Products with dense weights; a decoding step has few tokens and a kernel of its own.
+
+D and N widths.
+"""
 
 import math
 from typing import Any
@@ -9,7 +12,12 @@ import jax.numpy as jnp
 from pallas_kernels import skinny_gemm
 
 FEW_TOKENS = 64
-"""So many, on one device, wait for the weights: those of a decoding step."""
+"""As a decoding step has."""
+
+
+def are_few(x: jax.Array) -> bool:
+    """Whether so few tokens [..., D], on one device, that a product waits for the weights."""
+    return math.prod(x.shape[:-1]) <= FEW_TOKENS and jax.sharding.get_abstract_mesh().empty
 
 
 def products(x: jax.Array, *matrices: jax.Array, out_dtype: Any = None) -> tuple[jax.Array, ...]:
@@ -20,10 +28,9 @@ def products(x: jax.Array, *matrices: jax.Array, out_dtype: Any = None) -> tuple
       *matrices: of the dtype of x.
       out_dtype: at least that of x; None: the same.
     """
-    M = math.prod(x.shape[:-1])
-    if M > FEW_TOKENS or not jax.sharding.get_abstract_mesh().empty:
+    if not are_few(x):
         return tuple(jnp.matmul(x, w_DN, preferred_element_type=out_dtype) for w_DN in matrices)
-    results = skinny_gemm(x.reshape(M, -1), *matrices, out_dtype=out_dtype)
+    results = skinny_gemm(x.reshape(-1, x.shape[-1]), *matrices, out_dtype=out_dtype)
     return tuple(out_MN.reshape(*x.shape[:-1], -1) for out_MN in results)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from longcat_jax.model.remat import keep
+from longcat_jax.model.remat import keep, keep_if_ample
 from pallas_kernels import gather_rows, gather_sum, grouped_gemm, grouped_swiglu
 
 FEW_SLOTS = 1024
@@ -110,5 +110,6 @@ def real_experts(
     gates_R1 = gather_rows(*slots, implementation="reference")  # numbers, not rows
     in_use = order.group_sizes_X.sum()
     narrow_RF = grouped_swiglu(wide_RF, gates_R1[:, 0], in_use, implementation=few)
+    narrow_RF = keep_if_ample(narrow_RF)
     rows_RD = grouped_gemm(narrow_RF, down_XFD, order.group_sizes_X)
     return gather_sum(rows_RD, token_of_row_R, order.row_of_slot_TK)

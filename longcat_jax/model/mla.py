@@ -9,6 +9,7 @@ rank, N nope dim, P rope dim, V value dim, U = C + P the cached width.
 """
 
 import functools
+from collections.abc import Iterable
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,9 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.dense import dense, products
+from longcat_jax.model.dense import are_few, dense, products
 from longcat_jax.model.norm import rms_norm
-from longcat_jax.model.remat import keep
+from longcat_jax.model.remat import keep, keep_if_ample
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
 from longcat_jax.parallel.context import attend_in_place, gather_row
 from longcat_jax.parameters import matrix, norm_weight
@@ -72,10 +73,14 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
 
 
-def _down(x_BTD: jax.Array, weights: dict) -> tuple[jax.Array, ...]:
-    """Both down-projections: of queries [B, T, Q], of keys and values [B, T, U]."""
-    low = products(x_BTD, weights["q_a_proj"], weights["kv_a_proj_with_mqa"])
-    return tuple(map(keep, low))
+def _down(x_BTD: jax.Array, weights: dict) -> Iterable[jax.Array]:
+    """Queries' latent [B, T, Q], and that of keys and values with the rope key [B, T, U]."""
+    q_a, kv_a = weights["q_a_proj"], weights["kv_a_proj_with_mqa"]
+    if are_few(x_BTD):
+        return products(x_BTD, q_a, kv_a)
+    # One product, and so is its gradient to x.
+    low = keep(x_BTD @ jnp.concatenate([q_a, kv_a], axis=1))
+    return jnp.split(low, [q_a.shape[1]], axis=-1)
 
 
 def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
@@ -117,8 +122,8 @@ def _attend(
     # The weights are cut in two, not what they give: that is 2 T / C times as much to copy.
     w_uk_CHN, w_uv_CHV = _up_projections(c, gather_weight(kv_b, DENSE, dim=0))
     latent_BSC, k_rope_BSP = jnp.split(latent_BSU, [c.kv_lora_rank], axis=-1)
-    k_BSHN = jnp.einsum("bsc,chn->bshn", latent_BSC, w_uk_CHN)
-    v_BSHV = jnp.einsum("bsc,chv->bshv", latent_BSC, w_uv_CHV)
+    k_BSHN = keep_if_ample(jnp.einsum("bsc,chn->bshn", latent_BSC, w_uk_CHN))
+    v_BSHV = keep_if_ample(jnp.einsum("bsc,chv->bshv", latent_BSC, w_uv_CHV))
 
     def attend(q_BTHQ: jax.Array, offset: jax.Array | None) -> jax.Array:
         return flash_mla(

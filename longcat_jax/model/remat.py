@@ -3,7 +3,7 @@
 `none` keeps all that the backward pass reads but weights gathered over fsdp; `full` keeps a block's
 input; `selective` keeps what is marked with `keep`, mostly results of matrix products, and those of
 attention, so that what is made again is elementwise or a gather, and K and V of every head, one
-product from the latent.
+product from the latent; `ample` keeps K and V, too, and what the experts' second product reads.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,17 @@ from longcat_jax.sharding import axis_size
 from pallas_kernels import RESULT
 
 KEPT = "kept"
+AMPLE = "kept if there is room"
 
 
 def keep(x: jax.Array) -> jax.Array:
     """x, marked as worth its memory."""
     return checkpoint_name(x, KEPT)
+
+
+def keep_if_ample(x: jax.Array) -> jax.Array:
+    """x, marked as worth its memory where there is plenty: large, and made again in little time."""
+    return checkpoint_name(x, AMPLE)
 
 
 def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -36,6 +42,7 @@ def rematerialised(function: Callable, policy: str, *, in_loop: bool) -> Callabl
         return function
     policies = {
         "none": _all_but_weights,
+        "ample": jax.checkpoint_policies.save_only_these_names(KEPT, AMPLE, RESULT),
         "selective": jax.checkpoint_policies.save_only_these_names(KEPT, RESULT),
         "full": jax.checkpoint_policies.nothing_saveable,
     }

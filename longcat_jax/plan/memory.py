@@ -162,7 +162,12 @@ def _kept_values(job: Job) -> int:
         return job.tokens * m.hidden_size
     router = 2 * m.num_router_outputs  # float32
     token = 4 * m.hidden_size + 2 * _attention_values(m)[0] + 4 * m.ffn_hidden_size + router
-    return job.tokens * token + job.rows * 2 * m.expert_ffn_hidden_size
+    kept = job.tokens * token + job.rows * 2 * m.expert_ffn_hidden_size
+    if job.config.train.remat == "selective":
+        return kept
+    keys = 2 * m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
+    # Every device of the context axis makes the keys and values of whole rows.
+    return kept + job.tokens * job.mesh.context * keys + job.rows * m.expert_ffn_hidden_size
 
 
 def _mixture_values(job: Job) -> int:
