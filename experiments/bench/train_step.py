@@ -1,10 +1,13 @@
 """Training speed of a configuration on this machine: tokens per second, MFU, where the time goes.
 
     python -m experiments.bench.train_step --config=configs/mini_2b.py [--steps=20] [--kernels=25]
-        [--config.train.global_batch=8 ...]
+        [--no-peer] [--config.train.global_batch=8 ...]
 
 Rows are one segment of random tokens each, fixed draws, a new batch every step; FLOPs are those of
 the model at K_e real experts per token (SPEC), whatever the router does; it is printed what it did.
+Where transformers is installed and one device is asked for, its step on the same batches from the
+same weights stands beside ours (transformers_peer.py says what is counted), and both losses before
+the first update.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import step_profile, timing
+from experiments.bench import decode, step_profile, timing, transformers_peer
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import Config
 from longcat_jax.model import count
@@ -117,9 +120,23 @@ def print_breakdown(run: Run, kernels: int) -> None:
         print(f"{spent / PROFILED / 1e6:8.3f} ms {launches // PROFILED:5d} x  {description}")
 
 
-def report(config: Config, steps: int, kernels: int) -> None:
+def measure_peer(config: Config) -> transformers_peer.Training:
+    """transformers' figures; see transformers_peer.py for where this may run.
+
+    Raises:
+      LeftOut: a mesh of several devices, or no peer.
+    """
+    if config.mesh.num_devices > 1:
+        raise transformers_peer.LeftOut("it is measured on one device")
+    theirs = transformers_peer.load(decode.random_model(config.model, config.seed, config.proxy))
+    return transformers_peer.train(theirs, [batch["tokens"] for batch in random_batches(config, 4)])
+
+
+def report(config: Config, steps: int, kernels: int, peer: bool) -> None:
     """Measures and prints."""
+    theirs = transformers_peer.apart(measure_peer, config) if peer else None
     run = Run(config)
+    first_loss = float(run.step()["loss"])
     seconds = run.seconds_per_step(steps)
     metrics: Any = jax.device_get(run.step())
     tokens = config.train.global_batch * config.train.sequence_length
@@ -135,6 +152,14 @@ def report(config: Config, steps: int, kernels: int) -> None:
         f"{float(metrics['experts_per_token']):.2f} real experts per token",
         flush=True,
     )
+    if theirs:
+        print(
+            f"{theirs.description}, {theirs.how}: {1e3 * theirs.seconds:.1f} ms, "
+            f"{tokens / theirs.seconds:,.0f} tokens/s; ours is {theirs.seconds / seconds:.2f} "
+            f"times as fast; loss before the first update {theirs.loss:.4f}, ours "
+            f"{first_loss:.4f}",
+            flush=True,
+        )
     if kernels:
         print_breakdown(run, kernels)
 
@@ -145,11 +170,12 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kernels", type=int, default=25, help="kernels listed; 0: no profile")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     args, rest = parser.parse_known_args()
     if strange := [text for text in rest if not text.startswith("--config.")]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     overrides = [text.removeprefix("--config.") for text in rest]
-    report(load_config(args.config, overrides), args.steps, args.kernels)
+    report(load_config(args.config, overrides), args.steps, args.kernels, args.peer)
 
 
 if __name__ == "__main__":
