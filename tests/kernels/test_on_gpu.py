@@ -3,6 +3,7 @@
 What the interpreter cannot show: asynchronous copies, warpgroups that really overlap, ptxas.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -255,21 +256,39 @@ def test_train_step_uses_the_kernels_and_scatters_no_floats():
     assert np.isfinite(first[1]["loss"])
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_decoding_step_uses_the_kernels_and_equals_the_references(rows):
+def last_hidden(config, params, tokens_BT):
+    """After the final norm, [B, D], of the last token: decoded over a cache of those before."""
+    prompts, last = tokens_BT[:, :-1], tokens_BT[:, -1:]
+    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
+    sequence = longcat.Sequence(prompts, positions, jnp.ones_like(positions))
+    _, cache = prefill(params, config, sequence, capacity=64)
+    return extend(params, config, last, cache)[0][:, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_decoding_step_uses_the_kernels_and_is_as_exact_as_the_references(rows):
     config = tiny_config(model=small_model())
-    params = longcat.working_params(random_params(config), config.model)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 640, (rows, 48)), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(47, dtype=jnp.int32), (rows, 47))
-    prompts = longcat.Sequence(tokens[:, :47], positions, jnp.ones_like(positions))
+    wide = dataclasses.replace(config.model, dtype="float32")
+    raw = random_params(config)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 640, (64, 48)), jnp.int32)
 
-    def last_hidden(params):
-        _, cache = prefill(params, config.model, prompts, capacity=64)
-        return extend(params, config.model, tokens[:, 47:], cache)[0]
+    def run(model):
+        params = longcat.working_params(raw, model)
+        lowered = jax.jit(functools.partial(last_hidden, model)).lower(params, tokens[:rows])
+        compiled = lowered.compile()
+        parts = [compiled(params, part) for part in jnp.split(tokens, 64 // rows)]
+        return np.concatenate(parts).astype(np.float64), lowered.as_text()
 
-    lowered = jax.jit(last_hidden).lower(params)
-    text = lowered.as_text()
-    assert not [n for n in ("skinny_gemm", "mla_decode", "grouped_gemm") if n not in text]
+    with jax.default_matmul_precision("highest"), _common.kernels("reference"):
+        exact = run(wide)[0]
     with _common.kernels("reference"):
-        plain = jax.jit(lambda params: last_hidden(params))(params)
-    assert helpers.relative_error(lowered.compile()(params), plain) <= 4 * ROUNDING
+        plain = run(config.model)[0]
+    fast, text = run(config.model)
+    assert not [name for name in ("skinny_gemm", "mla_decode", "grouped_gemm") if name not in text]
+
+    def error(x):
+        # A row whose router changes its mind is far off, in any bfloat16: the median is not.
+        distance = np.linalg.norm(x - exact, axis=1) / np.linalg.norm(exact, axis=1)
+        return np.median(distance)
+
+    assert error(fast) <= 1.3 * error(plain) <= 0.15
