@@ -19,9 +19,10 @@ def window_means(workdir: Path, window: int) -> np.ndarray:
     """Mean training loss of every whole window of steps from step 1 on.
 
     Raises:
-      ValueError: the run has not one whole window, or steps are missing.
+      ValueError: the run has not one whole window, or a step's loss is missing or not a number.
     """
-    losses = {row["step"]: row["loss"] for row in metrics.read_metrics(workdir) if "loss" in row}
+    rows = metrics.read_metrics(workdir)
+    losses = {row["step"]: row["loss"] for row in rows if row.get("loss") is not None}
     count = len(losses) // window * window
     if not count:
         raise ValueError(f"{workdir}: {len(losses)} steps, not one window of {window}")
@@ -58,10 +59,18 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=20, help="steps")
     parser.add_argument("--output", type=Path, required=True, help="png")
     args = parser.parse_args()
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):
+        parser.error(f"runs are called by their folders' names, which must differ: {names}")
+    if args.window < 1:
+        parser.error(f"--window={args.window}: must be at least 1")
     try:
-        means = {run.resolve().name: window_means(run, args.window) for run in args.runs}
+        losses = [window_means(run, args.window) for run in args.runs]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.touch()  # before anything is printed
     except (OSError, ValueError) as error:
         raise SystemExit(f"compare_runs: {error}") from error
+    means = dict(zip(names, losses, strict=True))
     shortest = min(map(len, means.values()))
     means = {name: values[:shortest] for name, values in means.items()}
     first, *others = means

@@ -47,3 +47,14 @@ def test_a_missing_run_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_runs", str(tmp_path / "none"), "--output=x.png"])
     with pytest.raises(SystemExit, match="none"):
         compare_runs.main()
+
+
+def test_runs_of_one_name_and_empty_windows_are_refused(tmp_path, monkeypatch, capsys):
+    for arguments, message in (
+        (["a/run", "b/run"], "must differ: ['run', 'run']"),
+        (["a", "--window=0"], "must be at least 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare_runs", *arguments, "--output=x.png"])
+        with pytest.raises(SystemExit):
+            compare_runs.main()
+        assert message in capsys.readouterr().err

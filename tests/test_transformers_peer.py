@@ -47,14 +47,16 @@ def test_without_transformers_one_line_says_so(
 def test_it_computes_our_logits_and_trains_on_our_loss(mtp: int) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    jax.config.update("jax_default_matmul_precision", "highest")
-    sizes = {"dtype": "float32", "num_nextn_predict_layers": mtp}
-    model = decode.random_model(tiny_config(model=sizes).model)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 21), dtype=np.int32)
-    ours = lc.forward(model, tokens[:, :-1]).logits
-    theirs = transformers_peer.load(model)
-    assert np.abs(ours - transformers_peer.logits(theirs, tokens[:, :-1])).max() <= 5e-5
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(ours), tokens[:, 1:, None], axis=-1)
-    training = transformers_peer.train(theirs, [tokens])
-    assert abs(training.loss + logprobs.mean()) <= 1e-5
-    assert np.abs(ours - transformers_peer.logits(theirs, tokens[:, :-1])).max() > 1e-4
+    with jax.default_matmul_precision("highest"):
+        sizes = {"dtype": "float32", "num_nextn_predict_layers": mtp}
+        model = decode.random_model(tiny_config(model=sizes).model)
+        tokens = np.random.default_rng(0).integers(
+            0, model.config.vocab_size, (4, 21), dtype=np.int32
+        )
+        ours = lc.forward(model, tokens[:, :-1]).logits
+        theirs = transformers_peer.load(model)
+        assert np.abs(ours - transformers_peer.logits(theirs, tokens[:, :-1])).max() <= 5e-5
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(ours), tokens[:, 1:, None], axis=-1)
+        training = transformers_peer.train(theirs, [tokens])
+        assert abs(training.loss + logprobs.mean()) <= 1e-5
+        assert np.abs(ours - transformers_peer.logits(theirs, tokens[:, :-1])).max() > 1e-4

@@ -9,7 +9,6 @@ rank, N nope dim, P rope dim, V value dim, U = C + P the cached width.
 """
 
 import functools
-from collections.abc import Iterable
 
 import flax.linen as nn
 import jax
@@ -18,7 +17,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.dense import are_few, dense, products
+from longcat_jax.model.dense import dense, products
 from longcat_jax.model.norm import rms_norm
 from longcat_jax.model.remat import keep, keep_if_ample
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
@@ -71,16 +70,6 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
         latent_BTU.astype(entries_RSU.dtype), unique_indices=True
     )
     return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
-
-
-def _down(x_BTD: jax.Array, weights: dict) -> Iterable[jax.Array]:
-    """Queries' latent [B, T, Q], and that of keys and values with the rope key [B, T, U]."""
-    q_a, kv_a = weights["q_a_proj"], weights["kv_a_proj_with_mqa"]
-    if are_few(x_BTD):
-        return products(x_BTD, q_a, kv_a)
-    # One product, and so is its gradient to x.
-    low = keep(x_BTD @ jnp.concatenate([q_a, kv_a], axis=1))
-    return jnp.split(low, [q_a.shape[1]], axis=-1)
 
 
 def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
@@ -144,7 +133,9 @@ def expanded(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention among the T tokens themselves -> (output [B, T, D], latent [B, T, U])."""
     c, (B, T, _) = config, x_BTD.shape
-    low_BTQ, low_BTU = _down(x_BTD, weights)
+    # One product, and so is its gradient to x.
+    down = jnp.concatenate([weights["q_a_proj"], weights["kv_a_proj_with_mqa"]], axis=1)
+    low_BTQ, low_BTU = jnp.split(keep(x_BTD @ down), [c.q_lora_rank], axis=-1)
     latent_BTU = _latent(c, low_BTU, weights, tokens.rope)
     q_BTHQ = keep(jnp.concatenate(_query(c, low_BTQ, weights, tokens.rope), axis=-1))
     on_device = on_shards(
@@ -163,7 +154,7 @@ def absorbed(
 ) -> tuple[jax.Array, LatentCache]:
     """Appends the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
     c, (B, T, _) = config, x_BTD.shape
-    low_BTQ, low_BTU = _down(x_BTD, weights)
+    low_BTQ, low_BTU = products(x_BTD, weights["q_a_proj"], weights["kv_a_proj_with_mqa"])
     cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
     q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope)
     w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])

@@ -15,10 +15,12 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.dense import FEW_TOKENS
 from longcat_jax.model.remat import keep
 from longcat_jax.parameters import router_bias, router_matrix
 from longcat_jax.sharding import TOKENS, on_shards
+
+FEW_TOKENS = 64
+"""So many select by comparing all pairs of experts."""
 
 
 @struct.dataclass
@@ -118,10 +120,10 @@ def largest_one_by_one(x_BTE: jax.Array, count: int) -> jax.Array:
 
 def largest_by_comparison(x_BTE: jax.Array, count: int) -> jax.Array:
     """The same of few tokens: all pairs are compared, in two kernels instead of one for every
-    maximum. A decoding step waits for launches.
+    maximum. A decoding step waits for launches. NaN counts as the largest number.
     """
-    E = x_BTE.shape[-1]
-    x_BTE = jnp.maximum(x_BTE, jnp.finfo(x_BTE.dtype).min)
+    E, range_ = x_BTE.shape[-1], jnp.finfo(x_BTE.dtype)
+    x_BTE = jnp.where(jnp.isnan(x_BTE), range_.max, jnp.maximum(x_BTE, range_.min))
     ids_E = jnp.arange(E, dtype=jnp.int32)
     one, other = x_BTE[..., :, None], x_BTE[..., None, :]
     earlier_EE = (ids_E[None, :] < ids_E[:, None])[None, None]

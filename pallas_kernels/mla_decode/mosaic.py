@@ -29,7 +29,8 @@ LOADER_REGISTERS, COMPUTE_REGISTERS = 24, 240
 MAX_STAGES = 4
 PIECE = 256  # the most columns of one product
 SHARED_MEMORY = 232448 - 2048  # bytes of a CTA, less the small buffers and barriers
-MIN_SPLIT, MAX_SPLIT = 64, 4096  # cache entries
+MIN_SPLIT, MAX_SPLIT = 256, 4096  # cache entries
+FEW_SPLITS = 16  # so many may be shorter: a short cache waits for steps, not for memory
 LOWEST = -1e30  # below any score, yet finite: a row may see nothing of its split
 LOG2_E = math.log2(math.e)
 
@@ -302,7 +303,8 @@ def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) 
     """How to cut up a call: about one split per SM, and none longer than MAX_SPLIT."""
     batch, tokens, heads, width = q_shape
     row_tiles = -(-tokens * heads // TILE)
-    splits = min(max(_mosaic.HOPPER_SMS // (batch * row_tiles), 1), -(-entries // MIN_SPLIT))
+    most = max(-(-entries // MIN_SPLIT), min(-(-entries // TILE), FEW_SPLITS))
+    splits = min(max(_mosaic.HOPPER_SMS // (batch * row_tiles), 1), most)
     splits = max(splits, -(-entries // MAX_SPLIT))
     tile_bytes, weights_bytes = TILE * width * itemsize, TILE * TILE * itemsize
     stages = (SHARED_MEMORY - tile_bytes - weights_bytes) // tile_bytes

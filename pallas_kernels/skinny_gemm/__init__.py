@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from pallas_kernels import _common
 from pallas_kernels.skinny_gemm import reference
 
+MAX_ROWS = 64
+"""Of the kernel: what a wgmma has."""
 _MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
 _MOSAIC_MULTIPLE = 64  # of K and N
-_MOSAIC_ROWS = 64  # at most
 
 
 def _mosaic(*operands: jax.Array, **options: Any) -> jax.Array:
@@ -26,12 +27,12 @@ def _mosaic_misfit(x_MK: jax.Array, *matrices: jax.Array) -> str:
     (rows, contracted), widths = x_MK.shape, [w_KN.shape[1] for w_KN in matrices]
     if (
         x_MK.dtype in _MOSAIC_DTYPES
-        and 0 < rows <= _MOSAIC_ROWS
+        and 0 < rows <= MAX_ROWS
         and all(n > 0 and n % _MOSAIC_MULTIPLE == 0 for n in (contracted, *widths))
     ):
         return ""
     return (
-        f"takes bfloat16 or float16, 1 to {_MOSAIC_ROWS} rows, and positive multiples of "
+        f"takes bfloat16 or float16, 1 to {MAX_ROWS} rows, and positive multiples of "
         f"{_MOSAIC_MULTIPLE} as K and N, got {x_MK.dtype}, {rows}, {contracted} and {widths}"
     )
 

@@ -272,7 +272,7 @@ RACES = {
     "decode two row tiles",
     "attention packed",
     "swiglu cut",
-    "skinny two matrices",
+    "skinny long",
     "race",
 }
 

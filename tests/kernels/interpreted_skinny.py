@@ -20,11 +20,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    # Rows that fill a tile of 8 or don't; one split and many, of fewer and of more steps than
-    # stages.
+    # Rows that fill a tile of 8 or don't; many splits of a step, and one of more steps than stages.
     "one row": Case(1, 256, (64, 192)),
     "two matrices": Case(13, 1472, (128, 64), "float16"),
-    "all rows": Case(64, 512, (4224,)),
+    "long": Case(64, 832, (384, 320)),
 }
 
 

@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from longcat_jax.plan.deviceless import h100s
-from pallas_kernels import HOPPER, flash_mla, grouped_gemm, made_for, mla_decode
+from pallas_kernels import HOPPER, flash_mla, grouped_gemm, made_for, mla_decode, skinny_gemm
 from pallas_kernels.flash_mla import shapes as attention_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.mla_decode import shapes as decode_shapes
+from pallas_kernels.skinny_gemm import shapes as skinny_shapes
 from tests.kernels import sass
 
 SPILLS = re.compile(r"(\d+) bytes spill stores")
@@ -68,9 +69,8 @@ def machine_code(ptx: Path) -> str:
 
 def programs() -> dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]]:
     """Name -> (function, shapes and dtypes of its arguments): the production shapes."""
-    attention, gemm, decode = (
-        shapes.PRODUCTION[0] for shapes in (attention_shapes, grouped_shapes, decode_shapes)
-    )
+    kinds = attention_shapes, grouped_shapes, decode_shapes, skinny_shapes
+    attention, gemm, decode, skinny = (shapes.PRODUCTION[0] for shapes in kinds)
 
     def attend(q: Any, k: Any, v: Any, rope: Any, dout: Any, ids: Any = None) -> Any:
         def run(q: Any, k: Any, v: Any, rope: Any) -> Any:
@@ -98,7 +98,9 @@ def programs() -> dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]]:
     whole = floats(*whole, (*tokens, a.heads, a.value))
     rows = floats((g.rows, g.contract), (g.groups, g.contract, g.width), (g.rows, g.width))
     cache = floats((d.batch, d.tokens, d.heads, entry), (d.batch, d.entries, entry))
+    few = floats((skinny.rows, skinny.contracted), *((skinny.contracted, n) for n in skinny.widths))
     return {
+        "skinny": (skinny_gemm, few),
         "attention": (attend, whole),
         "attention of segments": (attend, [*whole, (tokens, jnp.int32)]),
         "grouped": (multiply, [*rows, ((g.groups,), jnp.int32)]),

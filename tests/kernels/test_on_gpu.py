@@ -286,9 +286,10 @@ def test_decoding_step_uses_the_kernels_and_is_as_exact_as_the_references(rows):
     fast, text = run(config.model)
     assert not [name for name in ("skinny_gemm", "mla_decode", "grouped_gemm") if name not in text]
 
-    def error(x):
-        # A row whose router changes its mind is far off, in any bfloat16: the median is not.
+    def errors(x):
+        # A row whose router changes its mind is far off, in any bfloat16: most are not.
         distance = np.linalg.norm(x - exact, axis=1) / np.linalg.norm(exact, axis=1)
-        return np.median(distance)
+        return np.quantile(distance, [0.25, 0.5, 0.75])
 
-    assert error(fast) <= 1.3 * error(plain) <= 0.15
+    assert (errors(fast) <= 1.4 * errors(plain)).all()
+    assert errors(plain)[1] <= 0.1

@@ -17,6 +17,7 @@ from pallas_kernels import (
     grouped_gemm,
     mla_decode,
     scatter_add,
+    skinny_gemm,
 )
 from pallas_kernels.flash_mla import reference as flash_reference
 from tests.kernels import helpers
@@ -78,6 +79,7 @@ OPERATORS = {
         draw(2, 9, 8),
         draw(DEVICES, 2, 1, 3, 8),
     ),
+    "skinny_gemm": (lambda w, x: skinny_gemm(x, w)[0], draw(6, 10), draw(DEVICES, 5, 6)),
 }
 
 

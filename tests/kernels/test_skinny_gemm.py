@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import skinny_gemm
-from pallas_kernels.skinny_gemm import mosaic, shapes
+from pallas_kernels.skinny_gemm import MAX_ROWS, mosaic, shapes
 from tests.kernels import helpers, interpreted_skinny
 
 ROUNDING = {"bfloat16": 3e-3, "float16": 4e-4, "float32": 1e-6, "float64": 1e-14}
@@ -39,7 +39,19 @@ def test_mosaic_equals_float64(interpreted, name):
     assert_close(result, interpreted_skinny.CASES[name].dtype)
 
 
+def test_the_kernel_takes_all_rows_that_are_promised():
+    assert mosaic.ROWS == MAX_ROWS
+
+
+def test_a_case_refills_its_stages():
+    case = interpreted_skinny.CASES["long"]
+    parts = mosaic.splits(case.contracted, sum(case.widths))
+    assert case.contracted // mosaic.PIECE // parts > 2 * mosaic.STAGES
+
+
 def test_mosaic_has_no_races(interpreted):
+    # The interpreter's products are finished at once: that a stage is only filled again when its
+    # own is, a GPU must show.
     (searched,) = (result for result in interpreted.values() if "races" in result)
     assert searched["launches"] == 2
     assert not searched["races"]

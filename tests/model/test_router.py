@@ -140,6 +140,11 @@ def test_largest_takes_no_index_twice(largest):
     np.testing.assert_array_equal(largest(x, K), jax.lax.top_k(x, K)[1])
 
 
+def test_largest_by_comparison_gives_different_experts_also_for_nan():
+    x = jnp.full((1, 2, E), jnp.nan).at[0, 1, 3:].set(0.5)
+    np.testing.assert_array_equal(largest_by_comparison(x, K), [[list(range(K))] * 2])
+
+
 def test_shift_is_added_to_every_p_after_the_softmax():
     x, weights = _weights()
     shift = np.linspace(0, 0.2, E)
