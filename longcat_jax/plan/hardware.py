@@ -14,7 +14,7 @@ DENSE = 0.69
 GROUPED = 0.66
 """The experts' products, forward and backward: 650 to 663 of 989 TFLOP/s (LOG: "Whole expert")."""
 ATTENTION = 0.53
-"""Attention forward and backward, useful FLOPs of 989 TFLOP/s: an assumption, 525 TFLOP/s."""
+"""Attention forward and backward, useful FLOPs: 529 and 531 of 989 TFLOP/s (LOG: "attention")."""
 MEMORY = 0.87
 """A copy's share of the memory's peak: 2.93 of 3.35 TB/s (LOG: "Dispatch and combine")."""
 INSIDE = 0.67
@@ -25,6 +25,8 @@ USABLE = 0.75
 """Share of the memory that a plan may fill, since temporaries are estimates and the runtime takes
 its part: 60 of 80 GB, the peak that arXiv 2509.01322 reports.
 """
+FILLED = 0.95
+"""Share that a job may fill which is given all of it (README: MEM_FRACTION): 76 of 80 GB."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Bytes on each device: arguments exactly, temporaries by formula.
 
 Arguments are what the compiled step is called with (`memory_analysis().argument_size_in_bytes`).
-Temporaries are gradients, kept activations, and the largest of what a block's backward pass, the
-loss and the embedding's gradient need for themselves, each while the others don't run.
+Temporaries are copies of weights, sums of gradients, and the largest of what stands together while
+the loss, a block's backward pass and the embedding's gradient run, one after the other.
 """
 
 import dataclasses
@@ -80,8 +80,12 @@ class Memory:
     optimizer: int
     batch: int
     """Tokens, their places, and the table of the tokens' bytes."""
+    copies: int
+    """Weights in the dtype that they are computed in, where that is another one."""
+    sums: int
+    """Gradients over micro-batches, where there are several."""
     gradients: int
-    """With the layers in the dtype that they are computed in, which their gradients have, too."""
+    """One micro-batch's, in the dtype that they are computed in."""
     kept: int
     """Activations between the forward and the backward pass."""
     block: int
@@ -90,6 +94,10 @@ class Memory:
     """While logits are there: a chunk of them, and of the unembedding with its gradient."""
     embedding: int
     """While a lookup table is gathered, or its gradient whole."""
+    in_loop: bool
+    """Whether a loop over layers has room for all gradients before the first is there; else they
+    take the room of kept activations.
+    """
 
     @property
     def arguments(self) -> int:
@@ -99,7 +107,9 @@ class Memory:
     @property
     def temporaries(self) -> int:
         """What the step needs besides."""
-        return self.gradients + self.kept + max(self.block, self.loss, self.embedding)
+        both = self.kept + self.gradients if self.in_loop else max(self.kept, self.gradients)
+        moments = self.kept + self.loss, both + self.block, self.gradients + self.embedding
+        return self.copies + self.sums + max(moments)
 
     @property
     def total(self) -> int:
@@ -111,23 +121,30 @@ def memory(job: Job) -> Memory:
     """Bytes of the fullest device."""
     config = job.config
     weights, optimizer = _state_bytes(config.model, config.optim, config.proxy, config.mesh)
+    in_loop = config.train.unroll < job.model.num_layers
     # Gradients of activations take the place of activations that they have used up.
     values, weights_twice = _block_values(job), 2 * _gathered_block(job)
     if config.train.remat == "none":
         kept = values + (0 if job.gathers_again else _gathered_by_hand(job))
         again = 0
     else:
-        kept, again = _kept_values(job), values
+        kept = _kept_values(job)
+        # A loop takes what is kept out of its stacks.
+        there = 0 if in_loop or config.train.remat == "full" else kept
+        again = max(values - there, 0)
+    narrow = weights * job.itemsize // job.wide
     return Memory(
         weights=weights,
         optimizer=optimizer,
         batch=bytes_per_device(_batch(config, abstract_mesh(config.mesh))),
-        # With the layers' copy 4 bytes a value; the sum over micro-batches stands beside it.
-        gradients=weights * (1 if job.micro_batches == 1 else 2),
+        copies=narrow if job.itemsize < job.wide else 0,
+        sums=weights if job.micro_batches > 1 else 0,
+        gradients=narrow,
         kept=job.model.num_layers * kept * job.itemsize,
         block=again * job.itemsize + weights_twice + _attention_scratch(job),
         loss=_loss(job),
         embedding=_embedding(job),
+        in_loop=in_loop,
     )
 
 
@@ -197,15 +214,21 @@ def _gathered_by_hand(job: Job) -> int:
 
 
 def _gathered_block(job: Job) -> int:
-    """One block's weights as products read them, in the compute dtype."""
-    dense = (job.part("dense").values + job.part("router").values) // job.model.num_layers
-    return (dense + _gathered_by_hand(job)) * job.itemsize
+    """One block's weights as products read them, in the compute dtype; 0 where they lie like that
+    anyway.
+    """
+    dense = job.part("dense")
+    if dense.here(job.mesh) == dense.values:
+        return 0
+    values = (dense.values + job.part("router").values) // job.model.num_layers
+    return (values + _gathered_by_hand(job)) * job.itemsize
 
 
 def _loss(job: Job) -> int:
     chunk = min(job.config.train.vocab_chunk, job.model.vocab_size)
-    logits = job.tokens * chunk * (2 * job.wide + job.itemsize)
-    if chunk == job.model.vocab_size and job.part("MTP layer").values:
+    whole = chunk == job.model.vocab_size
+    logits = job.tokens * chunk * ((1 if whole else 2) * job.wide + job.itemsize)
+    if whole and job.part("MTP layer").values:
         logits += job.tokens * chunk * job.wide  # those of both predictions are kept
     weights = job.model.hidden_size * chunk * (job.wide + job.itemsize)
     hidden = job.tokens * job.model.hidden_size * (2 * job.wide + job.itemsize)

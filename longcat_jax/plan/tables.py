@@ -7,7 +7,7 @@ from longcat_jax.parallel.expert import EXCHANGES
 from longcat_jax.plan import decoding as decoding_lib
 from longcat_jax.plan import traffic as traffic_lib
 from longcat_jax.plan import training
-from longcat_jax.plan.hardware import USABLE, Hardware
+from longcat_jax.plan.hardware import FILLED, USABLE, Hardware
 from longcat_jax.plan.job import Job
 from longcat_jax.plan.memory import Memory
 from longcat_jax.plan.training import Step
@@ -76,17 +76,21 @@ def memory(found: Memory, hardware: Hardware) -> str:
         "master weights, float32": found.weights,
         "optimizer state": found.optimizer,
         "batch": found.batch,
-        "gradients, layers in the compute dtype": found.gradients,
+        "weights in the compute dtype": found.copies,
+        "sums of gradients": found.sums,
+        "gradients of a micro-batch": found.gradients,
         "activations kept for the backward pass": found.kept,
-        "a block's backward pass": found.block,
-        "or: a chunk of logits": found.loss,
-        "or: a lookup table and its gradient": found.embedding,
+        "in a block's backward pass": found.block,
+        "or before: a chunk of logits": found.loss,
+        "or after: a lookup table and its gradient": found.embedding,
         "arguments of the step": found.arguments,
         "arguments and temporaries": found.total,
     }
     rows = [[name, f"{size / GB:.2f}"] for name, size in named.items()]
     verdict = "fits" if found.total <= limit else "does NOT fit"
     title = f"memory of a device; {verdict} into {limit / GB:.1f} GB of {hardware.name}"
+    if limit < found.total <= FILLED * hardware.memory:
+        title += f", but into the {hardware.memory / GB:.0f} that it has"
     return table(title, ["", "GB"], rows)
 
 

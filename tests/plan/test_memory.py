@@ -32,11 +32,29 @@ def test_the_released_model_on_1024_devices():
     # What XLA reports of the step compiled for 1024 devices.
     assert found.arguments == 13_180_118_080
     assert found.optimizer == pytest.approx(2 * found.weights, rel=1e-4)
-    assert found.gradients == 2 * found.weights  # one micro-batch's, and the sum
+    assert 2 * found.gradients == 2 * found.copies == found.weights == found.sums
     whole = released("train.accumulate=1")
-    assert memory(whole).gradients == found.weights
+    assert memory(whole).sums == 0
     assert memory(whole).kept == 4 * found.kept == 4 * 28 * 8192 * 6144 * 2
-    assert found.total == found.arguments + found.gradients + found.kept + found.block
+    always = found.arguments + found.copies + found.sums
+    assert found.total == always + found.gradients + found.kept + found.block
+
+
+@pytest.mark.parametrize(
+    "overrides, gigabytes",
+    [
+        ([], 45.8),
+        (["train.remat=selective"], 38.81),
+        (["train.remat=selective", "train.vocab_chunk=8192"], 36.69),
+        (["train.remat=selective", "train.accumulate=2"], 31.00),
+        (["train.remat=selective", "train.unroll=1"], 46.50),
+        (["train.remat=full", "train.unroll=1"], 20.18),
+    ],
+)
+def test_mini_2b_on_one_device(overrides, gigabytes):
+    found = memory(Job(load_config("configs/mini_2b.py", overrides)))
+    # What XLA reports of the step compiled for an H100 (plan/deviceless.py).
+    assert found.temporaries == pytest.approx(gigabytes * 1e9, rel=0.04)
 
 
 def test_parts_are_all_parameters_and_cut_as_the_rules_say():
