@@ -220,6 +220,7 @@ def test_moments_lie_like_their_parameters():
     assert compared == 2 * len(params)
 
 
+@pytest.mark.slow
 def test_initial_values_are_the_same_on_every_mesh_and_come_of_the_seed():
     small = {"dtype": "float32", "num_nextn_predict_layers": 0}
     values = []

@@ -238,6 +238,7 @@ def test_a_loss_that_is_not_finite_stops_and_nothing_of_it_is_saved(
     assert Checkpoints(tmp_path).steps() == []
 
 
+@pytest.mark.slow
 def test_a_loss_spike_stops_with_the_checkpoint_named(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,6 +241,7 @@ def test_a_bfloat16_step_keeps_float32_state_is_bit_repeatable_and_near_the_floa
 # Router watch.
 
 
+@pytest.mark.slow
 def test_router_watch_ratio_equals_finite_differences_and_cosine_brute_force():
     config = tiny_config(model={"num_nextn_predict_layers": 0})
     params, batch = random_params(config), random_batch(config, rows=3)

@@ -94,6 +94,7 @@ def run(config: Config, params: object, steps: int) -> tuple[TrainState, list[fl
     return jax.device_get(state), losses
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_the_forward_pass_and_50_steps_lower_it(converted: Path) -> None:
     model = lc.load(converted)
     frozen = ("*/experts/*", "layers/mlp/router/*", "embed_tokens")

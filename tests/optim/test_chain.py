@@ -45,6 +45,7 @@ def _constant(params, value):
     return jax.tree.map(lambda x: np.full_like(x, value), params)
 
 
+@pytest.mark.slow
 def test_tiny_gradients_still_give_full_size_steps():
     _, tx, params = _chain(weight_decay=0.0)
     updates, _ = _step(tx, _constant(params, 1e-12), params)
