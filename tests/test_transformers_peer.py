@@ -17,8 +17,7 @@ from tests.hf.variants import GOLDEN, read_tensors, same_bits
 def test_its_weights_are_those_of_the_file_that_ours_came_from(tmp_path: Path) -> None:
     from_hf(GOLDEN / "tiny", tmp_path / "ours")
     model = lc.load(tmp_path / "ours")
-    leaves = jax.tree.leaves_with_path(model.params)
-    arrays = {"/".join(key.key for key in keys): np.asarray(leaf) for keys, leaf in leaves}
+    arrays = transformers_peer.by_path(jax.tree.map(np.asarray, model.params))
     named = transformers_peer.named_weights(arrays, model.config)
     found = {tensor.name: rows for tensor, rows in named}
     same_bits(read_tensors(GOLDEN / "tiny"), found)

@@ -56,6 +56,12 @@ def apart[R](function: Callable[..., R], *args: Any) -> R | None:
         return None
 
 
+def by_path(params: Any) -> dict[str, Any]:
+    """Leaves by their paths as hf/layout.py writes them: layers/mlp/router/classifier."""
+    leaves = jax.tree.leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def named_weights(
     arrays: Mapping[str, Any], config: ModelConfig
 ) -> Iterator[tuple[layout.Tensor, Any]]:
@@ -79,11 +85,8 @@ def load(model: Model) -> Any:
     if gpu and not torch.cuda.is_available():
         raise LeftOut("torch sees no GPU")
     config = model.config
-    leaves = jax.tree.leaves_with_path(jax.device_put(model.params, jax.devices("cpu")[0]))
-    arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): torch.from_dlpack(leaf)
-        for path, leaf in leaves
-    }
+    here = jax.device_put(model.params, jax.devices("cpu")[0])
+    arrays = {path: torch.from_dlpack(leaf) for path, leaf in by_path(here).items()}
     dtype = getattr(torch, config.dtype)
     weights = {tensor.name: rows for tensor, rows in named_weights(arrays, config)}
     weights |= {t.name: torch.zeros(t.shape, dtype=dtype) for t in layout.padding(config)}

@@ -25,9 +25,10 @@ def products(x: jax.Array, *matrices: jax.Array, out_dtype: Any = None) -> tuple
       out_dtype: at least that of x; None: the same.
     """
     *lead, D = x.shape
-    if math.prod(lead) > MAX_ROWS or several_devices():
+    tokens = math.prod(lead)
+    if tokens > MAX_ROWS or several_devices():
         return tuple(jnp.matmul(x, w_DN, preferred_element_type=out_dtype) for w_DN in matrices)
-    results = skinny_gemm(x.reshape(math.prod(lead), D), *matrices, out_dtype=out_dtype)
+    results = skinny_gemm(x.reshape(tokens, D), *matrices, out_dtype=out_dtype)
     return tuple(out_MN.reshape(*lead, out_MN.shape[1]) for out_MN in results)
 
 

@@ -148,14 +148,19 @@ def memory(job: Job) -> Memory:
     )
 
 
+def _key_values(model: ModelConfig) -> int:
+    """Values of a token's keys and values in one attention, all heads."""
+    return model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
+
+
 def _attention_values(model: ModelConfig) -> tuple[int, int]:
     """Values of a token in one attention: kept selectively, and all that its gradients read."""
     m = model
     heads, value = m.num_attention_heads, m.num_attention_heads * m.v_head_dim
     lse = 2 * heads  # float32
     kept = m.q_lora_rank + heads * m.qk_head_dim + m.latent_dim + value + lse
-    keys = heads * (m.qk_nope_head_dim + m.v_head_dim)
-    return kept, kept + m.hidden_size + m.q_lora_rank + m.latent_dim + keys
+    low = m.q_lora_rank + m.latent_dim
+    return kept, kept + m.hidden_size + low + _key_values(m)
 
 
 def _attention_scratch(job: Job) -> int:
@@ -182,9 +187,9 @@ def _kept_values(job: Job) -> int:
     kept = job.tokens * token + job.rows * 2 * m.expert_ffn_hidden_size
     if job.config.train.remat == "selective":
         return kept
-    keys = 2 * m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
     # Every device of the context axis makes the keys and values of whole rows.
-    return kept + job.tokens * job.mesh.context * keys + job.rows * m.expert_ffn_hidden_size
+    keys = job.tokens * job.mesh.context * 2 * _key_values(m)
+    return kept + keys + job.rows * m.expert_ffn_hidden_size
 
 
 def _mixture_values(job: Job) -> int:

@@ -73,6 +73,11 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
+def errors_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What a case of tests/kernels/interpreted.py returned, without what is said of its run."""
+    return {k: v for k, v in result.items() if k not in ("case", "seconds", "launches", "races")}
+
+
 def require_hopper() -> None:
     """Skips the test where there is no GPU that Mosaic's kernels run on."""
     if _common.compute_capability() != _common.HOPPER:
