@@ -37,10 +37,11 @@ def get_config() -> ConfigDict:
             ),
             train=dict(
                 steps=1000,
-                global_batch=2,
+                global_batch=5,
                 sequence_length=4096,
                 remat="selective",
                 unroll=2,  # all layers
+                vocab_chunk=32768,  # whole
             ),
             optim=dict(
                 learning_rate=2e-4,
