@@ -1,7 +1,8 @@
 """Two blocks of LongCat-Flash at its real widths: what one 80 GB GPU trains of it.
 
 Width 6144, 64 heads, experts of 2048, top 12; 24 + 12 experts instead of 512 + 256 and a
-vocabulary of 32768, so that float32 master weights and Adam moments fit. For experiments/bench.
+vocabulary of 32768, so that float32 master weights and Adam moments fit. For experiments/bench. It
+needs 75 GB: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 """
 
 from ml_collections import ConfigDict

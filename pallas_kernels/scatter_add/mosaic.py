@@ -18,9 +18,9 @@ from pallas_kernels import _common, _mosaic
 from pallas_kernels.scatter_add.schedule import BLOCK, FAN, plan
 
 UNROLL = 4  # rows in flight
-MAX_LINES = 24  # lines that a CTA sums at a time
+MAX_LINES = 16  # lines that a CTA sums at a time
 CTAS_PER_SM = 4
-WAVES = 8  # of CTAs in the last kernel: where one has long sums, others take its place in the queue
+WAVES = 4  # of CTAs in the last kernel: where one has long sums, others take its place in the queue
 LINE = 128  # columns; one to a thread of a warpgroup
 VECTOR = 4  # columns that a thread loads at a time
 SLOTS = 2  # store buffers, beside one of zeros

@@ -10,13 +10,13 @@ from pallas_kernels import skinny_gemm
 from pallas_kernels.skinny_gemm import MAX_ROWS, mosaic, shapes
 from tests.kernels import helpers, interpreted_skinny
 
-ROUNDING = {"bfloat16": 3e-3, "float16": 4e-4, "float32": 3e-6, "float64": 1e-14}
+ROUNDING = {"bfloat16": 3e-3, "float16": 4e-4, "float32": 1e-6, "float64": 1e-14}
 
 
-def assert_close(errors, dtype):
+def assert_close(errors, dtype, float32=ROUNDING["float32"]):
     assert set(errors) == {"outs", "dx", "dmatrices", "float32"}
     for name, error in errors.items():
-        assert error <= ROUNDING["float32" if name == "float32" else dtype], name
+        assert error <= (float32 if name == "float32" else ROUNDING[dtype]), name
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -70,7 +70,7 @@ def test_mosaic_equals_float64_on_a_gpu(shape):
     helpers.require_hopper()
     case = interpreted_skinny.Case(*shape)
     first = interpreted_skinny.skinny(case, "mosaic")
-    assert_close(first, case.dtype)
+    assert_close(first, case.dtype, float32=3e-6)  # sums of thousands on tensor cores
     assert all(interpreted_skinny.skinny(case, "mosaic") == first for _ in range(2))
 
 
