@@ -120,3 +120,9 @@ def width_ratio(box: Box, model: ModelConfig, proxy: ProxyConfig) -> float:
 def unbox(boxed: Any) -> Any:
     """The tree of plain values."""
     return jax.tree.map(lambda b: b.value, boxed, is_leaf=is_box)
+
+
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Leaves by their paths as hf/layout.py writes them: layers/mlp/router/classifier."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -6,7 +6,7 @@ import pytest
 
 from longcat_jax.model import longcat
 from longcat_jax.optim.width_scaling import decay_mask, rate_multipliers, roles
-from longcat_jax.parameters import is_box, scale_variance
+from longcat_jax.parameters import by_path, is_box, scale_variance
 from longcat_jax.sharding import RULES
 from longcat_jax.train_step import abstract_boxes
 from tests.helpers import SIZES, tiny_config
@@ -14,20 +14,15 @@ from tests.helpers import SIZES, tiny_config
 FLOAT32 = {**SIZES, "dtype": "float32"}
 
 
-def _by_path(tree, is_leaf=None):
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _initial(config):
     key = jax.random.key(0, impl="rbg")  # compiles faster than the default
     init = jax.jit(lambda key: longcat.init(config.model, key, config.proxy))
-    return _by_path(init(key), is_box)
+    return by_path(init(key), is_box)
 
 
 @pytest.fixture(scope="module")
 def boxes():
-    return _by_path(abstract_boxes(tiny_config(model=FLOAT32)), is_box)
+    return by_path(abstract_boxes(tiny_config(model=FLOAT32)), is_box)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +64,7 @@ def test_width_field_of_a_matrix_is_its_fan_in(boxes):
 
 
 def test_decay_pulls_matrices_and_embeddings_but_no_norms_and_no_bias(boxes):
-    mask = _by_path(decay_mask(abstract_boxes(tiny_config(model=FLOAT32))))
+    mask = by_path(decay_mask(abstract_boxes(tiny_config(model=FLOAT32))))
     assert mask["embed_tokens"] and mask["lm_head"] and mask["layers/mlp/router/classifier"]
     assert not mask["norm"] and not mask["layers/mlp/router/e_score_correction_bias"]
     assert not mask["layers/self_attn_1/kv_a_layernorm"] and not mask["mtp/enorm"]
@@ -82,7 +77,7 @@ def test_rates_of_s_8_are_an_eighth_for_hidden_unembedding_and_router_only():
         model=FLOAT32, proxy={"hidden_size": 3}, optim={"learning_rate": 1.0, "router_scale": 0.5}
     )
     boxed = abstract_boxes(config)
-    role, rate = _by_path(roles(boxed)), _by_path(rate_multipliers(boxed, config))
+    role, rate = by_path(roles(boxed)), by_path(rate_multipliers(boxed, config))
     wanted = {"embedding": 1, "hidden": 1 / 8, "router": 0.5 / 8, "norm": 1, "bias": 1}
     assert rate == {path: wanted[role[path]] for path in rate}
     assert rate["lm_head"] == 1 / 8
@@ -90,7 +85,7 @@ def test_rates_of_s_8_are_an_eighth_for_hidden_unembedding_and_router_only():
 
 def test_initial_variance_is_divided_by_s_for_hidden_unembedding_and_router_only(values):
     scaled = tiny_config(model=FLOAT32, proxy={"hidden_size": 3, "q_lora_rank": 7})
-    small = _by_path(scale_variance(values, scaled.model, scaled.proxy), is_box)
+    small = by_path(scale_variance(values, scaled.model, scaled.proxy), is_box)
     for path, box in values.items():
         s = 1 if box.width is None else 4 if box.width == "q_lora_rank" else 8
         np.testing.assert_allclose(

@@ -15,7 +15,7 @@ from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import ConfigError, MeshConfig, override
 from longcat_jax.losses import next_token_nats
 from longcat_jax.parallel import hlo
-from longcat_jax.parameters import unbox
+from longcat_jax.parameters import by_path, unbox
 from longcat_jax.sharding import make_mesh
 from longcat_jax.train_step import (
     abstract_boxes,
@@ -48,11 +48,6 @@ BACKENDS = [
     (("expert_backend", "all_to_all"), ("dropless", True)),
     (("expert_backend", "all_to_all"), *CHUNKED),
 ]
-
-
-def _by_path(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _assert_equal(many, one):
@@ -193,7 +188,7 @@ def test_no_large_leaf_of_the_released_model_s_state_is_replicated(fsdp, context
     config = override(load_config("configs/flash_560b.py"), axes)
     state = abstract_state(config, make_mesh(config.mesh))
     large = 0
-    for path, leaf in _by_path(state).items():
+    for path, leaf in by_path(state).items():
         size = np.prod(leaf.shape) * leaf.dtype.itemsize
         if size > MEBIBYTE:
             shard = np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -210,9 +205,9 @@ def test_no_large_leaf_of_the_released_model_s_state_is_replicated(fsdp, context
 def test_moments_lie_like_their_parameters():
     config = override(load_config("configs/quickstart.py"), ["mesh.fsdp=2", "mesh.data=2"])
     state = abstract_state(config, make_mesh(config.mesh))
-    params = _by_path(state.params)
+    params = by_path(state.params)
     compared = 0
-    for path, leaf in _by_path(state.opt_state).items():
+    for path, leaf in by_path(state.opt_state).items():
         for moment in ("/mu/", "/nu/"):
             if moment in path:
                 assert leaf.sharding == params[path.split(moment)[1]].sharding, path
@@ -228,7 +223,7 @@ def test_initial_values_are_the_same_on_every_mesh_and_come_of_the_seed():
         for mesh in ({}, {"fsdp": 2, "expert": 2}):
             config = tiny_config(model=small, mesh=mesh, seed=5)
             state = init_state(config, make_mesh(config.mesh))
-            values.append(_by_path(jax.device_get(state)))
+            values.append(by_path(jax.device_get(state)))
     one, many = values
     for path in one:
         np.testing.assert_array_equal(one[path], many[path], err_msg=path)

@@ -10,6 +10,7 @@ import pytest
 import longcat_jax as lc
 from experiments.bench import decode, transformers_peer
 from longcat_jax.hf.from_hf import from_hf
+from longcat_jax.parameters import by_path
 from tests.helpers import tiny_config
 from tests.hf.variants import GOLDEN, read_tensors, same_bits
 
@@ -17,7 +18,7 @@ from tests.hf.variants import GOLDEN, read_tensors, same_bits
 def test_its_weights_are_those_of_the_file_that_ours_came_from(tmp_path: Path) -> None:
     from_hf(GOLDEN / "tiny", tmp_path / "ours")
     model = lc.load(tmp_path / "ours")
-    arrays = transformers_peer.by_path(jax.tree.map(np.asarray, model.params))
+    arrays = by_path(jax.tree.map(np.asarray, model.params))
     named = transformers_peer.named_weights(arrays, model.config)
     found = {tensor.name: rows for tensor, rows in named}
     same_bits(read_tensors(GOLDEN / "tiny"), found)

@@ -26,6 +26,7 @@ from longcat_jax.config import ModelConfig
 from longcat_jax.hf import config as hf_config
 from longcat_jax.hf import layout
 from longcat_jax.model.longcat import Model
+from longcat_jax.parameters import by_path
 
 LEARNING_RATE = 1e-5  # the few steps leave the routers where they are
 TRAIN_STEPS = 5
@@ -54,12 +55,6 @@ def apart[R](function: Callable[..., R], *args: Any) -> R | None:
     except LeftOut as reason:
         print(f"transformers is left out: {reason}", flush=True)
         return None
-
-
-def by_path(params: Any) -> dict[str, Any]:
-    """Leaves by their paths as hf/layout.py writes them: layers/mlp/router/classifier."""
-    leaves = jax.tree.leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def named_weights(

@@ -25,6 +25,7 @@ from longcat_jax.config import (
 from longcat_jax.hf.from_hf import from_hf
 from longcat_jax.losses import Batch
 from longcat_jax.model.longcat import Model
+from longcat_jax.parameters import by_path
 from longcat_jax.sharding import batch_sharding, make_mesh
 from longcat_jax.train import train
 from longcat_jax.train_step import (
@@ -76,11 +77,6 @@ def batch_of(config: Config) -> Batch:
     }
 
 
-def leaves(tree: object) -> dict[str, np.ndarray]:
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(key.key for key in keys): leaf for keys, leaf in found}
-
-
 def run(config: Config, params: object, steps: int) -> tuple[TrainState, list[float]]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -107,8 +103,8 @@ def test_the_first_loss_is_the_forward_pass_and_50_steps_lower_it(converted: Pat
     assert abs(losses[0] - nats.mean()) < 1e-5
     assert losses[-1] < losses[0] - 1
     assert int(state.step) == 50
-    for path, old in leaves(before).items():
-        same = bool((leaves(state.params)[path] == old).all())
+    for path, old in by_path(before).items():
+        same = bool((by_path(state.params)[path] == old).all())
         assert same == ("experts" in path or "router" in path or path == "embed_tokens"), path
 
 
@@ -120,7 +116,7 @@ def test_an_optimizer_with_frozen_parameters_is_saved_and_read_back(
     model = lc.load(converted, mesh=mesh)
     config = job(model, freeze=("*/experts/*", "layers/mlp/router/*"))
     wanted, state = abstract_state(config, mesh), state_from_params(config, mesh, model.params)
-    assert len(jax.tree.leaves(state.opt_state)) == 1 + 2 * (len(leaves(state.params)) - 4) + 1
+    assert len(jax.tree.leaves(state.opt_state)) == 1 + 2 * (len(by_path(state.params)) - 4) + 1
     optimizer = {"step": state.step, "state": state.opt_state}
     checkpoints = Checkpoints(tmp_path, config.train)
     checkpoints.save(0, params=state.params, optimizer=optimizer, data={}, config={}, metrics=None)

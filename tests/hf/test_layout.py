@@ -8,7 +8,7 @@ import pytest
 from longcat_jax.config import ModelConfig
 from longcat_jax.hf import layout
 from longcat_jax.model.longcat import init
-from longcat_jax.parameters import unbox
+from longcat_jax.parameters import by_path, unbox
 from tests.helpers import tiny_config
 from tests.hf.variants import golden
 
@@ -35,8 +35,7 @@ FLASH = dict(
 def test_the_table_has_exactly_the_parameters_of_the_model(mtp: int) -> None:
     config = dataclasses.replace(tiny_config().model, num_nextn_predict_layers=mtp, dtype="float32")
     boxed = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(unbox(boxed))
-    own = {"/".join(key.key for key in keys): leaf.shape for keys, leaf in leaves}
+    own = {path: leaf.shape for path, leaf in by_path(unbox(boxed)).items()}
     assert layout.array_shapes(config) == own
 
 

@@ -9,7 +9,7 @@ import pytest
 from longcat_jax.optim.chain import make_optimizer
 from longcat_jax.optim.pid_bias import pid_bias
 from longcat_jax.optim.width_scaling import scale_by_width
-from longcat_jax.parameters import is_box
+from longcat_jax.parameters import by_path, is_box
 from longcat_jax.train_step import abstract_boxes
 from tests.helpers import exact, random_params, tiny_config
 
@@ -21,11 +21,6 @@ BIAS = "layers/mlp/router/e_score_correction_bias"
 def _exact():
     with exact():
         yield
-
-
-def _by_path(tree, is_leaf=None):
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 NO_MTP = {"num_nextn_predict_layers": 0}
@@ -49,7 +44,7 @@ def _constant(params, value):
 def test_tiny_gradients_still_give_full_size_steps():
     _, tx, params = _chain(weight_decay=0.0)
     updates, _ = _step(tx, _constant(params, 1e-12), params)
-    for path, update in _by_path(updates).items():
+    for path, update in by_path(updates).items():
         if path != BIAS:
             # g / (g + 1e-16) of the first, bias-corrected step; eps 1e-8 would leave 1e-4 of it.
             np.testing.assert_allclose(update, -0.01, rtol=2e-4, err_msg=path)
@@ -69,18 +64,18 @@ def test_clipping_scales_all_gradients_by_one_factor_and_only_when_too_long():
         _, state = _step(tx, _constant(params, 2.0), params)
         moments[name] = optax.tree.get(state, "mu")
     # mu = (1 - beta1) * clipped gradient
-    for path, value in _by_path(moments["clipped"]).items():
+    for path, value in by_path(moments["clipped"]).items():
         np.testing.assert_allclose(value, 0.5 * 2.0 / 4, rtol=1e-12, err_msg=path)
-    for path, value in _by_path(moments["free"]).items():
+    for path, value in by_path(moments["free"]).items():
         np.testing.assert_allclose(value, 0.5 * 2.0, rtol=1e-12, err_msg=path)
 
 
 def test_decay_is_decoupled_and_spares_norms_and_the_bias():
     config, tx, params = _chain(weight_decay=0.25)
     updates, _ = _step(tx, _constant(params, 0.0), params)
-    roles = _by_path(abstract_boxes(config), is_box)
-    for path, update in _by_path(updates).items():
-        value = _by_path(params)[path]
+    roles = by_path(abstract_boxes(config), is_box)
+    for path, update in by_path(updates).items():
+        value = by_path(params)[path]
         if roles[path].role in ("embedding", "hidden", "router"):
             np.testing.assert_allclose(update, -0.01 * 0.25 * value, rtol=1e-12, err_msg=path)
         elif roles[path].role == "norm":
@@ -98,11 +93,11 @@ def test_width_s_8_and_the_router_s_factor_scale_steps_and_decay_together():
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
     updates = [
-        _by_path(_step(make_optimizer(c, abstract_boxes(c)), grads, params)[0])
+        by_path(_step(make_optimizer(c, abstract_boxes(c)), grads, params)[0])
         for c in (plain, wide)
     ]
     factor = {"embedding": 1, "norm": 1, "hidden": 1 / 8, "router": 1 / 16}
-    for path, box in _by_path(abstract_boxes(plain), is_box).items():
+    for path, box in by_path(abstract_boxes(plain), is_box).items():
         if path != BIAS:
             scaled = factor[box.role] * updates[0][path]
             np.testing.assert_allclose(updates[1][path], scaled, rtol=1e-12, err_msg=path)
@@ -131,8 +126,8 @@ def test_the_bias_moves_by_the_controller_alone():
     updates, _ = _step(tx, _constant(params, 5.0), params)
     pid = pid_bias(config.model, config.optim.pid, lambda count: 0.3)
     alone, _ = pid.update(_constant(params, 0.0), pid.init(params), load_LE=LOAD)
-    np.testing.assert_allclose(_by_path(updates)[BIAS], _by_path(alone)[BIAS], rtol=1e-6)
-    assert (_by_path(updates)[BIAS][:, :8] != 0).all()
+    np.testing.assert_allclose(by_path(updates)[BIAS], by_path(alone)[BIAS], rtol=1e-6)
+    assert (by_path(updates)[BIAS][:, :8] != 0).all()
 
 
 def test_chain_refuses_an_update_without_loads():

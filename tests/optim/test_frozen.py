@@ -8,7 +8,7 @@ import pytest
 from longcat_jax.config import Config, ConfigError
 from longcat_jax.optim.chain import make_optimizer
 from longcat_jax.optim.frozen import frozen_mask
-from longcat_jax.parameters import unbox
+from longcat_jax.parameters import by_path, unbox
 from longcat_jax.train_step import abstract_boxes
 from tests.helpers import exact, random_params, tiny_config
 
@@ -22,11 +22,6 @@ def frozen_config(*patterns: str) -> Config:
     return tiny_config(optim={"freeze": patterns})
 
 
-def leaves(tree: object) -> dict[str, object]:
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(key.key for key in keys): leaf for keys, leaf in found}
-
-
 @pytest.mark.parametrize("patterns", PATTERNS)
 def test_updates_of_frozen_parameters_are_zero_whatever_the_gradients(
     patterns: tuple[str, ...],
@@ -34,7 +29,7 @@ def test_updates_of_frozen_parameters_are_zero_whatever_the_gradients(
     """Also beside weight decay, clipping and gradients that are not finite."""
     config = frozen_config(*patterns)
     with exact():
-        frozen = leaves(frozen_mask(abstract_boxes(config), patterns))
+        frozen = by_path(frozen_mask(abstract_boxes(config), patterns))
         assert any(frozen.values()) and not all(frozen.values())
         tx, params = make_optimizer(config, abstract_boxes(config)), random_params(config)
         rng = np.random.default_rng(0)
@@ -47,7 +42,7 @@ def test_updates_of_frozen_parameters_are_zero_whatever_the_gradients(
             return tx.update(grads, state, params, load_LE=load)
 
         updates, state = jax.device_get(two_steps(params))
-        for path, update in leaves(updates).items():
+        for path, update in by_path(updates).items():
             assert np.any(update) != frozen[path], path
     adam = state[1][1].inner_state
     moments = jax.tree.leaves(adam.mu, is_leaf=lambda x: isinstance(x, optax.MaskedNode))

@@ -74,8 +74,8 @@ def test_less_is_kept_where_more_is_made_again():
         memory(released(f"train.remat={name}")) for name in ("none", "ample", "selective", "full")
     ]
     kept = [one.kept for one in found]
-    assert kept[0] > 1.2 * kept[1] > 1.4 * kept[2]
-    assert kept[0] > 1.5 * kept[2] > 8 * kept[3]
+    assert kept[0] > 1.2 * kept[1] > 1.4 * kept[2] > 8 * kept[3]
+    assert kept[0] > 1.5 * kept[2]
     assert found[0].block < found[1].block == found[2].block == found[3].block
 
 
