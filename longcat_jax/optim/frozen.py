@@ -9,7 +9,7 @@ import optax
 
 from longcat_jax.config import ConfigError
 from longcat_jax.optim.pid_bias import BIAS_PATH
-from longcat_jax.parameters import is_box
+from longcat_jax.parameters import by_path, is_box
 
 
 def frozen_mask(boxed: Any, patterns: tuple[str, ...]) -> Any:
@@ -23,8 +23,7 @@ def frozen_mask(boxed: Any, patterns: tuple[str, ...]) -> Any:
     Raises:
       ConfigError: a pattern that matches nothing.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_box)
-    paths = ["/".join(key.key for key in keys) for keys, _ in leaves]
+    paths, tree = list(by_path(boxed, is_box)), jax.tree.structure(boxed, is_leaf=is_box)
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
             groups = sorted({f"*/{name}/*" for path in paths for name in path.split("/")[1:-1]})
