@@ -12,6 +12,7 @@ from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_su
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from pallas_kernels.grouped_swiglu import grouped_swiglu
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.scatter_add import scatter_add
 from pallas_kernels.skinny_gemm import skinny_gemm
 
@@ -29,6 +30,7 @@ __all__ = [
     "kernels",
     "made_for",
     "mla_decode",
+    "rms_norm",
     "scatter_add",
     "skinny_gemm",
 ]

@@ -15,7 +15,7 @@ from longcat_jax.config import ModelConfig, ParallelConfig
 from longcat_jax.model.ffn import FFN
 from longcat_jax.model.mla import MLA, AttentionInput, LatentCache
 from longcat_jax.model.moe import MoE
-from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.norm import norm_residual
 from longcat_jax.model.remat import keep
 from longcat_jax.model.router import Routing
 from longcat_jax.parameters import norm_weight
@@ -53,19 +53,21 @@ class Block(nn.Module):
         """
         c = self.config
 
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            return rms_norm(x, self.param(name, norm_weight(c), (c.hidden_size,)), c.rms_norm_eps)
+        def norm(name: str, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            weight_D = self.param(name, norm_weight(c), (c.hidden_size,))
+            return norm_residual(x_BTD, weight_D, c.rms_norm_eps)
 
-        out, latent_0 = MLA(c, name="self_attn_0")(norm("input_layernorm_0", x_BTD), tokens, cache)
+        x_BTD, h_BTD = norm("input_layernorm_0", x_BTD)
+        out, latent_0 = MLA(c, name="self_attn_0")(h_BTD, tokens, cache)
         if cache is not None:
             first_row = cache.first_row + x_BTD.shape[0]
             cache = cache.replace(entries_RSU=latent_0.entries_RSU, first_row=first_row)
-        x_BTD = keep(x_BTD + out)
-        h_BTD = norm("post_attention_layernorm_0", x_BTD)
+        x_BTD, h_BTD = norm("post_attention_layernorm_0", keep(x_BTD + out))
         moe = MoE(c, self.parallel, name="mlp")
         shortcut, routing, left_out = moe(h_BTD, router_shift_E)
         x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD))
-        out, latent_1 = MLA(c, name="self_attn_1")(norm("input_layernorm_1", x_BTD), tokens, cache)
-        x_BTD = keep(x_BTD + out)
-        x_BTD += FFN(c, name="mlps_1")(norm("post_attention_layernorm_1", x_BTD))
+        x_BTD, h_BTD = norm("input_layernorm_1", x_BTD)
+        out, latent_1 = MLA(c, name="self_attn_1")(h_BTD, tokens, cache)
+        x_BTD, h_BTD = norm("post_attention_layernorm_1", keep(x_BTD + out))
+        x_BTD += FFN(c, name="mlps_1")(h_BTD)
         return x_BTD + shortcut, BlockOutput(routing, left_out, (latent_0, latent_1))
