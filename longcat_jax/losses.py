@@ -8,6 +8,7 @@ V columns of a vocabulary chunk, L layers, E router outputs.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from longcat_jax.sharding import (
 )
 
 Batch = dict[str, jax.Array]
+PIECES = 8  # of a row of logits
 
 
 def _wide(x: jax.Array) -> jnp.dtype:
@@ -78,6 +80,26 @@ def _scan_forward(
     return top_R + jnp.log(total_R), target_logit_R
 
 
+def online_log_sum_exp(x_RW: jax.Array) -> jax.Array:
+    """Reads x once (arXiv 1805.02867), in pieces of a row for a GPU to have enough of them."""
+    lowest = jnp.asarray(jnp.finfo(x_RW.dtype).min, x_RW.dtype)
+
+    def join(a: tuple, b: tuple) -> tuple:
+        top = jnp.maximum(a[0], b[0])
+        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+    pieces = x_RW.reshape(x_RW.shape[0], math.gcd(x_RW.shape[1], PIECES), -1)
+    start = lowest, jnp.zeros_like(lowest)
+    top, total = jax.lax.reduce((pieces, jnp.ones_like(pieces)), start, join, (2,))
+    return jax.nn.logsumexp(top + jnp.log(total), axis=1)
+
+
+def _log_sum_exp(x_RW: jax.Array) -> jax.Array:
+    """Of every row; on a CPU with the greatest first, where its exponentials are vectors."""
+    by_max = functools.partial(jax.nn.logsumexp, axis=-1)
+    return jax.lax.platform_dependent(x_RW, cpu=by_max, default=online_log_sum_exp)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(
     hidden_RD: jax.Array, head_DW: jax.Array, targets_R: jax.Array, chunk: int
@@ -103,7 +125,7 @@ def _cross_entropy_forward(
         return lse_R - target_logit_R, (hidden_RD, head_DW, targets_R, lse_R, None)
     weights_DW = _chunk_weights(head_DW, jnp.int32(0), head_DW.shape[1], hidden_RD.dtype)[0]
     logits_RW = jnp.matmul(hidden_RD, weights_DW, preferred_element_type=_wide(hidden_RD))
-    lse_R = jax.nn.logsumexp(logits_RW, axis=-1)
+    lse_R = _log_sum_exp(logits_RW)
     target_logit_R = jnp.take_along_axis(logits_RW, targets_R[:, None], axis=1)[:, 0]
     return lse_R - target_logit_R, (hidden_RD, head_DW, targets_R, lse_R, logits_RW)
 

@@ -12,6 +12,7 @@ from longcat_jax.losses import (
     denominators,
     hidden_z_sum,
     loss_terms,
+    online_log_sum_exp,
     sequence_of,
     target_masks,
     total_loss,
@@ -55,6 +56,15 @@ def test_chunked_cross_entropy_and_its_gradients_equal_plain_log_softmax(chunk):
         return (ours[0], ours[1](mix)), (plain[0], plain[1](mix))
 
     assert relative_error(*both(hidden, head)) <= 1e-13
+
+
+@pytest.mark.parametrize("width", [44, 43, 1])
+def test_log_sum_exp_of_a_gpu_equals_that_of_a_cpu(width):
+    rows = np.random.default_rng(width).normal(size=(R, width)) * np.logspace(-3, 5, R)[:, None]
+    rows[3:5] = [[-1e30], [1e30]]  # all the same, far out
+    rows_RW = jnp.asarray(rows)
+    expected = jax.nn.logsumexp(rows_RW, axis=1)
+    np.testing.assert_allclose(online_log_sum_exp(rows_RW), expected, rtol=1e-14, atol=1e-14)
 
 
 def test_cross_entropy_survives_logits_far_from_zero():

@@ -20,7 +20,7 @@ from longcat_jax.config import ModelConfig
 from longcat_jax.model.dense import dense, products
 from longcat_jax.model.norm import rms_norm
 from longcat_jax.model.remat import keep, keep_if_ample
-from longcat_jax.model.rope import RopeTable, attention_scale, rotate
+from longcat_jax.model.rope import RopeTable, attention_scale, rotate, rotate_last
 from longcat_jax.parallel.context import attend_in_place, gather_row
 from longcat_jax.parameters import matrix, norm_weight
 from longcat_jax.sharding import BATCH_AXES, DENSE, TOKENS, gather_weight, on_shards
@@ -72,13 +72,17 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
 
 
-def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
-    """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P]."""
+def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
+    """Queries [B, T, H, N + P], nope part first, the rope part rotated; not scaled."""
     c, (B, T, _) = config, low_BTQ.shape
     low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
     q = dense(low_BTQ, weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
-    q = q * (c.hidden_size / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
-    return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
+    return rotate_last(q, rope)
+
+
+def _scale(config: ModelConfig) -> float:
+    """Of the scores: the softmax's, and the scale correction of the queries, alpha_q."""
+    return attention_scale(config) * (config.hidden_size / config.q_lora_rank) ** 0.5
 
 
 def _latent(config: ModelConfig, low_BTU: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
@@ -119,7 +123,7 @@ def _attend(
             q_BTHQ,
             k_BSHN,
             v_BSHV,
-            scale=attention_scale(c),
+            scale=_scale(c),
             segment_ids=segment_ids_BS,
             k_rope=k_rope_BSP,
             q_offset=offset,
@@ -137,7 +141,7 @@ def expanded(
     down = jnp.concatenate([weights["q_a_proj"], weights["kv_a_proj_with_mqa"]], axis=1)
     low_BTQ, low_BTU = jnp.split(keep(x_BTD @ down), [c.q_lora_rank], axis=-1)
     latent_BTU = _latent(c, low_BTU, weights, tokens.rope)
-    q_BTHQ = keep(jnp.concatenate(_query(c, low_BTQ, weights, tokens.rope), axis=-1))
+    q_BTHQ = keep(_query(c, low_BTQ, weights, tokens.rope))
     on_device = on_shards(
         functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
     )
@@ -156,14 +160,15 @@ def absorbed(
     c, (B, T, _) = config, x_BTD.shape
     low_BTQ, low_BTU = products(x_BTD, weights["q_a_proj"], weights["kv_a_proj_with_mqa"])
     cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
-    q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope)
+    q_BTHQ = _query(c, low_BTQ, weights, tokens.rope)
+    q_nope, q_rope = jnp.split(q_BTHQ, [c.qk_nope_head_dim], axis=-1)
     w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
     q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
     out_BTHC = mla_decode(
         q_BTHU,
         cache.entries_RSU,
         cache.lengths_B,
-        scale=attention_scale(c),
+        scale=_scale(c),
         value_dim=c.kv_lora_rank,
         block_tables_BP=cache.rows_B[:, None],
     )

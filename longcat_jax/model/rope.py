@@ -4,6 +4,7 @@ B batch, T tokens, H heads, P rope dim, I = P/2 pairs.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,3 +83,35 @@ def rotate(x_BTHP: jax.Array, table: RopeTable) -> jax.Array:
     even, odd = x_BTHP[..., 0::2].astype(cos.dtype), x_BTHP[..., 1::2].astype(cos.dtype)
     out = jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return out.astype(x_BTHP.dtype)
+
+
+def _rotate_back(x_BTHP: jax.Array, table: RopeTable) -> jax.Array:
+    """The transpose of `rotate`."""
+    cos, sin = table.cos_BTI[:, :, None], table.sin_BTI[:, :, None]
+    first, second = jnp.split(x_BTHP.astype(cos.dtype), 2, axis=-1)
+    even, odd = first * cos + second * sin, second * cos - first * sin
+    return jnp.stack([even, odd], axis=-1).reshape(x_BTHP.shape).astype(x_BTHP.dtype)
+
+
+def _in_last_columns(rotation: Any, x_BTHQ: jax.Array, table: RopeTable) -> jax.Array:
+    width = 2 * table.cos_BTI.shape[-1]
+    # Cut out first: XLA then writes into x where it stands.
+    last_BTHP = jax.lax.optimization_barrier(x_BTHQ[..., -width:])
+    return x_BTHQ.at[..., -width:].set(rotation(last_BTHP, table))
+
+
+@jax.custom_vjp
+def rotate_last(x_BTHQ: jax.Array, table: RopeTable) -> jax.Array:
+    """x with its last P columns rotated, the others untouched, in either direction."""
+    return _in_last_columns(rotate, x_BTHQ, table)
+
+
+def _forward(x_BTHQ: jax.Array, table: RopeTable) -> tuple[jax.Array, RopeTable]:
+    return rotate_last(x_BTHQ, table), table
+
+
+def _backward(table: RopeTable, dx_BTHQ: jax.Array) -> tuple[jax.Array, None]:
+    return _in_last_columns(_rotate_back, dx_BTHQ, table), None
+
+
+rotate_last.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""The operator in plain jnp."""
+"""The operator in plain jnp, for rows of any number of dimensions."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,10 @@ from jax import lax
 from pallas_kernels._common import accumulation_dtype
 
 
-def rms_norm(x_RD: jax.Array, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """x, and x / rms(x) * weight; the weight after the downcast, as HF."""
-    wide_RD = x_RD.astype(accumulation_dtype(x_RD.dtype))
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """x [..., D], and x / rms(x) * weight; the weight after the downcast (as HF)."""
+    wide = x.astype(accumulation_dtype(x.dtype))
     # Not kept: a scale that nothing else reads lets XLA norm rows in one pass on a GPU.
-    scale_R1 = lax.rsqrt(jnp.mean(wide_RD * wide_RD, axis=-1, keepdims=True) + eps)
-    return x_RD, (wide_RD * scale_R1).astype(x_RD.dtype) * weight_D.astype(x_RD.dtype)[None]
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    weight = jnp.expand_dims(weight_D.astype(x.dtype), range(x.ndim - 1))
+    return x, (wide * scale).astype(x.dtype) * weight

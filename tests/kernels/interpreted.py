@@ -35,6 +35,7 @@ from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
 from tests.kernels import (
     helpers,
+    interpreted_norm,
     interpreted_skinny,
     interpreted_swiglu,
     register_wgmma,
@@ -259,6 +260,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         for name, case in interpreted_swiglu.CASES.items()
     },
     **{
+        f"norm {name}": lambda case=case: interpreted_norm.norm(case, "mosaic")
+        for name, case in interpreted_norm.CASES.items()
+    },
+    **{
         f"skinny {name}": lambda case=case: interpreted_skinny.skinny(case, "mosaic")
         for name, case in interpreted_skinny.CASES.items()
     },
@@ -272,6 +277,7 @@ RACES = {
     "decode two row tiles",
     "attention packed",
     "swiglu cut",
+    "norm a row left",
     "skinny long",
     "race",
 }

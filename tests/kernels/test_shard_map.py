@@ -16,6 +16,7 @@ from pallas_kernels import (
     gather_sum,
     grouped_gemm,
     mla_decode,
+    rms_norm,
     scatter_add,
     skinny_gemm,
 )
@@ -78,6 +79,11 @@ OPERATORS = {
         lambda cache, q: mla_decode(q, cache, integers(9, 2), scale=0.3, value_dim=5),
         draw(2, 9, 8),
         draw(DEVICES, 2, 1, 3, 8),
+    ),
+    "rms_norm": (
+        lambda weight, x: sum(rms_norm(x, weight, 1e-5)),
+        draw(6),
+        draw(DEVICES, 5, 6),
     ),
     "skinny_gemm": (lambda w, x: skinny_gemm(x, w)[0], draw(6, 10), draw(DEVICES, 5, 6)),
 }

@@ -9,7 +9,13 @@ import pytest
 
 from longcat_jax.config import RopeScaling
 from longcat_jax.model.mla import AttentionInput, LatentCache, absorbed, expanded
-from longcat_jax.model.rope import attention_scale, rope_frequencies, rope_table, rotate
+from longcat_jax.model.rope import (
+    attention_scale,
+    rope_frequencies,
+    rope_table,
+    rotate,
+    rotate_last,
+)
 from tests.helpers import exact, random_params, relative_error, tiny_config
 
 CONFIG = tiny_config().model
@@ -114,6 +120,19 @@ def test_rotation_turns_interleaved_pairs_and_depends_on_distance_only():
     near_scores = jnp.einsum("bthp,bshp->bhts", rotate(x, table), rotate(x, table))
     far_scores = jnp.einsum("bthp,bshp->bhts", rotate(x, far), rotate(x, far))
     assert relative_error(far_scores, near_scores) <= 1e-12
+
+
+def test_rotating_the_last_columns_leaves_the_others_and_so_does_its_gradient():
+    rng = np.random.default_rng(1)
+    x, dout = (jnp.asarray(rng.normal(size=(ROWS, TOKENS, H, NOPE + ROPE))) for _ in range(2))
+    table = rope_table(CONFIG, jnp.broadcast_to(jnp.arange(TOKENS)[None], (ROWS, TOKENS)))
+
+    def plain(x):
+        return jnp.concatenate([x[..., :NOPE], rotate(x[..., NOPE:], table)], axis=-1)
+
+    wanted, wanted_vjp = jax.vjp(plain, x)
+    out, vjp = jax.vjp(lambda x: rotate_last(x, table), x)
+    assert relative_error((out, vjp(dout)), (wanted, wanted_vjp(dout))) <= 1e-15
 
 
 def test_yarn_scales_slow_pairs_keeps_fast_ones_and_enters_the_softmax_scale():
