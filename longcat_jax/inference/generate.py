@@ -35,6 +35,9 @@ MIN_PROMPT_LENGTH = 16
 """Shortest padded prompt; the others are its doubles."""
 CACHE_MULTIPLE = 64
 """Of a cache's capacity: Hopper's kernel (pallas_kernels/mla_decode) takes whole tiles."""
+STRIDE = 4
+"""Tokens between two looks at whether all rows have ended: at each one the host waits for the
+device, and the device then for the host."""
 MAX_SEED = 2**32 - 1
 
 
@@ -70,7 +73,7 @@ class LoopState:
     last_B: jax.Array
     """Newest token of each row, not in the cache yet."""
     step: jax.Array
-    """Tokens made so far."""
+    """Tokens made so far, some of them past the limit."""
     ended_B: jax.Array
     counts_B: jax.Array
     """Tokens of each row up to its end."""
@@ -91,7 +94,7 @@ def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState
         last_B=token_B,
         step=state.step + 1,
         ended_B=state.ended_B | ends_B,
-        counts_B=state.counts_B + ~state.ended_B,
+        counts_B=state.counts_B + (~state.ended_B & (state.step < inputs.limit)),
         tokens_BN=jax.lax.dynamic_update_slice(state.tokens_BN, token_B[:, None], place),
         logprobs_BN=jax.lax.dynamic_update_slice(state.logprobs_BN, logprob_B1, place),
     )
@@ -99,10 +102,13 @@ def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
 def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: int) -> LoopState:
-    """The program: prefill, then a token per row and step until all have ended."""
+    """The program: prefill, then a token per row and step until all have ended, and up to
+    STRIDE - 1 steps more.
+    """
     params = longcat.working_params(params, config)  # once, not in every step
     B, T = inputs.prompts.tokens_BT.shape
-    capacity = -(-(T + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    made = 1 + -(-(max_new_tokens - 1) // STRIDE) * STRIDE  # at most
+    capacity = -(-(T + made) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     hidden_BTD, cache = prefill(params, config, inputs.prompts, capacity=capacity)
     last_B11 = cache.lengths_B[:, None, None] - 1
     logits_BW = longcat.unembed(params, jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0])
@@ -112,19 +118,22 @@ def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: 
         step=jnp.zeros((), jnp.int32),
         ended_B=jnp.zeros(B, bool),
         counts_B=jnp.zeros(B, jnp.int32),
-        tokens_BN=jnp.zeros((B, max_new_tokens), jnp.int32),
-        logprobs_BN=jnp.zeros((B, max_new_tokens), logits_BW.dtype),
+        tokens_BN=jnp.zeros((B, made), jnp.int32),
+        logprobs_BN=jnp.zeros((B, made), logits_BW.dtype),
     )
 
     def unfinished(state: LoopState) -> jax.Array:
         return (state.step < inputs.limit) & ~state.ended_B.all()
 
-    def step(state: LoopState) -> LoopState:
+    def step(_: jax.Array, state: LoopState) -> LoopState:
         hidden_BTD, cache = extend(params, config, state.last_B[:, None], state.cache)
         logits_BW = longcat.unembed(params, hidden_BTD[:, 0])
         return _append(state.replace(cache=cache), inputs, logits_BW)
 
-    return jax.lax.while_loop(unfinished, step, _append(state, inputs, logits_BW))
+    def stride(state: LoopState) -> LoopState:
+        return jax.lax.fori_loop(0, STRIDE, step, state)
+
+    return jax.lax.while_loop(unfinished, stride, _append(state, inputs, logits_BW))
 
 
 def _padded_length(longest: int) -> int:

@@ -150,17 +150,28 @@ def _compute(
         plgpu.barrier_wait(smem.v_full.at[slot_of(j)])
         plgpu.wgmma(sums, weights, smem.v.at[slot_of(j)])
 
-    def softmax(
-        scores: jax.Array, lowest: jax.Array, j: jax.Array, masked: bool
-    ) -> tuple[jax.Array, jax.Array]:
+    def cut(scores: jax.Array, j: jax.Array) -> jax.Array:
+        """Without those of keys that a query doesn't see."""
+        ids = (None, None)
+        if segments is not None:
+            mine = segments.queries_BL.at[place.batch, pl.ds(row, CHUNK)]
+            ids = mine, segments.keys_BL.at[place.batch, pl.ds(j * block, block)]
+        return below(scores, j, ids)
+
+    def below(scores: jax.Array, j: jax.Array, ids: tuple[Any, Any] = (None, None)) -> jax.Array:
+        """Without those of later keys, and of keys with another id."""
+        seen = mosaic_tile.visible(shape, Side(0, top, ids[0]), Side(1, j * block, ids[1]))
+        return jnp.where(seen, scores, -jnp.inf)
+
+    def cut_diagonal(scores: jax.Array) -> jax.Array:
+        """`cut`, mostly without ids: they would come from device memory while all wait."""
+        if segments is None:
+            return cut(scores, diagonal)
+        one_segment = diagonal >= place.whole
+        return lax.cond(one_segment, below, cut, scores, diagonal)
+
+    def softmax(scores: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights, relative to the greatest score so far, which is the other result."""
-        if masked:
-            ids = (None, None)
-            if segments is not None:
-                mine = segments.queries_BL.at[place.batch, pl.ds(row, CHUNK)]
-                ids = mine, segments.keys_BL.at[place.batch, pl.ds(j * block, block)]
-            seen = mosaic_tile.visible(shape, Side(0, top, ids[0]), Side(1, j * block, ids[1]))
-            scores = jnp.where(seen, scores, -jnp.inf)
         greatest = jnp.maximum(lowest, scores.max(axis=1) * factor)
         return jnp.exp2(scores * factor - along(greatest, shape, 0)), greatest
 
@@ -181,7 +192,7 @@ def _compute(
         plgpu.barrier_arrive(smem.k_free.at[slot_of(diagonal)])
         lowest = jnp.full((CHUNK,), LOWEST, jnp.float32)
         lowest = plgpu.layout_cast(lowest, MATRIX.reduce(1))
-        weights, greatest = softmax(scores, lowest, diagonal, True)
+        weights, greatest = softmax(cut_diagonal(scores), lowest)
 
         def step(i: jax.Array, carry: tuple[Any, ...], *, masked: bool) -> tuple[Any, ...]:
             weights, greatest, total = carry
@@ -202,7 +213,8 @@ def _compute(
             plgpu.barrier_arrive(smem.k_free.at[slot_of(j)])
             if masked:  # ids take registers: let the old weights go first
                 plgpu.wgmma_wait(0)
-            new_weights, new_greatest = softmax(scores, greatest, j, masked)
+                scores = cut(scores, j)
+            new_weights, new_greatest = softmax(scores, greatest)
             shrink = jnp.exp2(greatest - new_greatest)
             total = total * shrink + new_weights.sum(axis=1)
             sums = plgpu.wgmma_accumulator_load(sums_ref)

@@ -63,7 +63,12 @@ def _bounds(start: Any, end: Any, step: int) -> tuple[Any, Any, Any, Any]:
     """
     up, down = lax.div(start + step - 1, jnp.int32(step)), lax.div(end, jnp.int32(step))
     whole = up < down
-    return jnp.where(whole, up * step, end), up, jnp.maximum(down, up), jnp.where(whole, down * step, end)
+    return (
+        jnp.where(whole, up * step, end),
+        up,
+        jnp.maximum(down, up),
+        jnp.where(whole, down * step, end),
+    )
 
 
 class _Tile(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import longcat_jax as lc
-from longcat_jax.inference.generate import make_request, run
+from longcat_jax.inference.generate import STRIDE, make_request, run
 from longcat_jax.model.longcat import Model
 from tests.golden.checkpoint import load_golden
 
@@ -92,11 +92,13 @@ def test_loop_ends_with_the_last_row_or_at_the_limit() -> None:
         state = run(model.params, request.inputs, config=model.config, max_new_tokens=NEW)
         return int(state.step)
 
-    assert steps(eos=98) == 5
+    # Whether all have ended is seen after the first token, then after every stride.
     assert steps(eos=greedy[0]) == 1
-    assert steps(eos=()) == NEW
+    assert greedy.index(98) == 4 and steps(eos=98) == 1 + STRIDE
+    assert steps(eos=()) == 1 + 4 * STRIDE == NEW + 1
     request = make_request(model, [prompt], max_new_tokens=NEW)
     assert request.run(limit=3).tokens == [greedy[:3]]
+    assert len(request.run(limit=3).logprobs[0]) == 3
     assert request.run().tokens == [greedy]
 
 
