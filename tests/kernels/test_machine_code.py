@@ -75,4 +75,4 @@ def test_no_product_of_a_kernel_is_spoilt(tmp_path):
         # Of two computing warpgroups with 240 registers a thread: outside of loops, or where ids of
         # segments are compared. On a GPU the forward was 4% faster so than with queries read from
         # shared memory (experiments/LOG.md).
-        assert result["spilt bytes"] <= 144, kernel
+        assert result["spilt bytes"] <= 160, kernel
