@@ -13,6 +13,7 @@ from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradie
 from pallas_kernels.grouped_swiglu import grouped_swiglu
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.scatter_add import scatter_add
+from pallas_kernels.skinny_ffn import skinny_experts, skinny_swiglu
 from pallas_kernels.skinny_gemm import skinny_gemm
 
 __all__ = [
@@ -30,5 +31,7 @@ __all__ = [
     "made_for",
     "mla_decode",
     "scatter_add",
+    "skinny_experts",
     "skinny_gemm",
+    "skinny_swiglu",
 ]

@@ -58,8 +58,7 @@ class Block(nn.Module):
 
         out, latent_0 = MLA(c, name="self_attn_0")(norm("input_layernorm_0", x_BTD), tokens, cache)
         if cache is not None:
-            first_row = cache.first_row + x_BTD.shape[0]
-            cache = cache.replace(entries_RSU=latent_0.entries_RSU, first_row=first_row)
+            cache = latent_0.replace(first_row=cache.first_row + x_BTD.shape[0])
         x_BTD = keep(x_BTD + out)
         h_BTD = norm("post_attention_layernorm_0", x_BTD)
         moe = MoE(c, self.parallel, name="mlp")

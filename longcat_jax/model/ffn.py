@@ -4,15 +4,13 @@ import flax.linen as nn
 import jax
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.dense import dense, products
-from longcat_jax.model.remat import keep
+from longcat_jax.model.dense import dense, swiglu
 from longcat_jax.parameters import matrix
 
 
 def ffn(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
     """W_down(silu(W_gate x) * W_up x)."""
-    gate, up = map(keep, products(x, gate_DF, up_DF))
-    return dense(jax.nn.silu(gate) * up, down_FD)
+    return dense(swiglu(x, gate_DF, up_DF), down_FD)
 
 
 class FFN(nn.Module):

@@ -44,32 +44,28 @@ class AttentionInput:
 class LatentCache:
     """One attention's cache: B rows of all that the attentions of a model hold together.
 
-    They are passed on together, written in place and read where they are: a slice for every
-    attention would be copied out and back in every step.
+    They are passed on together, written in place and read where they are: kernels take slices by
+    their address.
     """
 
     entries_RSU: jax.Array
     """Normed and scaled latent, then the rotated rope key."""
     lengths_B: jax.Array
-    """Entries in use, the tokens of this call included once they are written."""
+    """Entries in use, int32, the tokens of this call included."""
     first_row: jax.Array | int = 0
     """This attention's row b is row first_row + b."""
 
-    @property
-    def rows_B(self) -> jax.Array:
-        """This attention's rows."""
-        return self.first_row + jnp.arange(self.lengths_B.shape[0], dtype=jnp.int32)
-
 
 def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
-    """Appends T entries to every row."""
+    """Writes every row's last T entries."""
     T, entries_RSU = latent_BTU.shape[1], cache.entries_RSU
-    places_BT = cache.lengths_B[:, None] + jnp.arange(T, dtype=cache.lengths_B.dtype)[None]
-    rows_BT = jnp.broadcast_to(cache.rows_B[:, None], places_BT.shape)
+    places_BT = cache.lengths_B[:, None] + jnp.arange(-T, 0, dtype=cache.lengths_B.dtype)[None]
+    rows_B = cache.first_row + jnp.arange(places_BT.shape[0], dtype=jnp.int32)
+    rows_BT = jnp.broadcast_to(rows_B[:, None], places_BT.shape)
     entries_RSU = entries_RSU.at[rows_BT, places_BT].set(
         latent_BTU.astype(entries_RSU.dtype), unique_indices=True
     )
-    return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
+    return cache.replace(entries_RSU=entries_RSU)
 
 
 def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
@@ -152,7 +148,7 @@ def absorbed(
     tokens: AttentionInput,
     cache: LatentCache,
 ) -> tuple[jax.Array, LatentCache]:
-    """Appends the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
+    """Writes the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
     c, (B, T, _) = config, x_BTD.shape
     low_BTQ, low_BTU = products(x_BTD, weights["q_a_proj"], weights["kv_a_proj_with_mqa"])
     cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
@@ -161,11 +157,10 @@ def absorbed(
     q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
     out_BTHC = mla_decode(
         q_BTHU,
-        cache.entries_RSU,
+        jax.lax.dynamic_slice_in_dim(cache.entries_RSU, cache.first_row, B),
         cache.lengths_B,
         scale=attention_scale(c),
         value_dim=c.kv_lora_rank,
-        block_tables_BP=cache.rows_B[:, None],
     )
     out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHC, w_uv_CHV)
     return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"]), cache

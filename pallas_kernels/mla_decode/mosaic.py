@@ -289,14 +289,16 @@ def _join(
     out_BNRC: jax.Array, stats_BN2R: jax.Array, lengths_B: jax.Array, split: int
 ) -> jax.Array:
     """Adds the splits, each relative to its own top score -> [B, R, C]."""
-    start_N = jnp.arange(out_BNRC.shape[1], dtype=lengths_B.dtype) * split
-    used_BN1 = (start_N[None] < lengths_B[:, None])[:, :, None]
-    # What lies past the length was never written.
-    top_BNR = jnp.where(used_BN1, stats_BN2R[:, :, 0], LOWEST)
-    weight_BNR = jnp.exp2(top_BNR - top_BNR.max(axis=1, keepdims=True))
-    total_BR = jnp.sum(jnp.where(used_BN1, weight_BNR * stats_BN2R[:, :, 1], 0), axis=1)
-    sums_BNRC = jnp.where(used_BN1[..., None], out_BNRC * weight_BNR[..., None], 0)
-    return sums_BNRC.sum(axis=1) / jnp.where(total_BR == 0, 1, total_BR)[..., None]
+    used_NB1 = [n * split < lengths_B[:, None] for n in range(out_BNRC.shape[1])]
+    # What lies past the length was never written. Sums of terms, not reductions: one kernel.
+    top_NBR = [jnp.where(used, stats_BN2R[:, n, 0], LOWEST) for n, used in enumerate(used_NB1)]
+    top_BR = functools.reduce(jnp.maximum, top_NBR)
+    total_BR, sums_BRC = 0, 0
+    for n, (used_B1, part_top_BR) in enumerate(zip(used_NB1, top_NBR, strict=True)):
+        weight_BR = jnp.exp2(part_top_BR - top_BR)
+        total_BR += jnp.where(used_B1, weight_BR * stats_BN2R[:, n, 1], 0)
+        sums_BRC += jnp.where(used_B1[..., None], weight_BR[..., None] * out_BNRC[:, n], 0)
+    return sums_BRC / jnp.where(total_BR == 0, 1, total_BR)[..., None]
 
 
 def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) -> Plan:

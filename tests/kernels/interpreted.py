@@ -35,6 +35,7 @@ from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
 from tests.kernels import (
     helpers,
+    interpreted_ffn,
     interpreted_skinny,
     interpreted_swiglu,
     register_wgmma,
@@ -262,6 +263,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         f"skinny {name}": lambda case=case: interpreted_skinny.skinny(case, "mosaic")
         for name, case in interpreted_skinny.CASES.items()
     },
+    **{
+        f"ffn {name}": lambda case=case: interpreted_ffn.ffn(case, "mosaic")
+        for name, case in interpreted_ffn.CASES.items()
+    },
 }
 RACES = {
     "grouped uneven",
@@ -273,6 +278,7 @@ RACES = {
     "attention packed",
     "swiglu cut",
     "skinny long",
+    "ffn long",
     "race",
 }
 
