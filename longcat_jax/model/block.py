@@ -56,15 +56,27 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return rms_norm(x, self.param(name, norm_weight(c), (c.hidden_size,)), c.rms_norm_eps)
 
-        out, latent_0 = MLA(c, name="self_attn_0")(norm("input_layernorm_0", x_BTD), tokens, cache)
+        def later(module: str, *names: str) -> tuple[jax.Array, ...]:
+            """Weights of a module still to come, where a step over a cache waits for them."""
+            if cache is None:
+                return ()
+            given = self.variables["params"][module]
+            return tuple(given[name].astype(x_BTD.dtype) for name in names)
+
+        ahead = later("mlps_0", "gate_proj", "up_proj")
+        h_BTD = norm("input_layernorm_0", x_BTD)
+        out, latent_0 = MLA(c, name="self_attn_0")(h_BTD, tokens, cache, ahead)
         if cache is not None:
             cache = latent_0.replace(first_row=cache.first_row + x_BTD.shape[0])
         x_BTD = keep(x_BTD + out)
         h_BTD = norm("post_attention_layernorm_0", x_BTD)
         moe = MoE(c, self.parallel, name="mlp")
         shortcut, routing, left_out = moe(h_BTD, router_shift_E)
-        x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD))
-        out, latent_1 = MLA(c, name="self_attn_1")(norm("input_layernorm_1", x_BTD), tokens, cache)
+        ahead = later("self_attn_1", "q_a_proj", "kv_a_proj_with_mqa")
+        x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD, ahead))
+        ahead = later("mlps_1", "gate_proj", "up_proj")
+        h_BTD = norm("input_layernorm_1", x_BTD)
+        out, latent_1 = MLA(c, name="self_attn_1")(h_BTD, tokens, cache, ahead)
         x_BTD = keep(x_BTD + out)
         x_BTD += FFN(c, name="mlps_1")(norm("post_attention_layernorm_1", x_BTD))
         return x_BTD + shortcut, BlockOutput(routing, left_out, (latent_0, latent_1))

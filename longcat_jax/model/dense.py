@@ -22,23 +22,30 @@ def _few(x: jax.Array) -> bool:
     return math.prod(x.shape[:-1]) <= MAX_ROWS and not several_devices()
 
 
-def products(x: jax.Array, *matrices: jax.Array, out_dtype: Any = None) -> tuple[jax.Array, ...]:
+def products(
+    x: jax.Array,
+    *matrices: jax.Array,
+    ahead: tuple[jax.Array, ...] = (),
+    out_dtype: Any = None,
+) -> tuple[jax.Array, ...]:
     """x w [..., N] of every matrix [D, N].
 
     Args:
       x: [..., D].
       *matrices: of the dtype of x.
+      ahead: matrices that are read next, see `skinny_gemm`.
       out_dtype: at least that of x; None: the same.
     """
     if not _few(x):
         return tuple(jnp.matmul(x, w_DN, preferred_element_type=out_dtype) for w_DN in matrices)
-    results = skinny_gemm(x.reshape(-1, x.shape[-1]), *matrices, out_dtype=out_dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    results = skinny_gemm(rows, *matrices, ahead=ahead, out_dtype=out_dtype)
     return tuple(out_MN.reshape(*x.shape[:-1], out_MN.shape[1]) for out_MN in results)
 
 
-def dense(x: jax.Array, w_DN: jax.Array, *, out_dtype: Any = None) -> jax.Array:
+def dense(x: jax.Array, w_DN: jax.Array, **options: Any) -> jax.Array:
     """`products` of one matrix."""
-    return products(x, w_DN, out_dtype=out_dtype)[0]
+    return products(x, w_DN, **options)[0]
 
 
 def swiglu(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array) -> jax.Array:

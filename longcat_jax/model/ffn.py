@@ -8,9 +8,15 @@ from longcat_jax.model.dense import dense, swiglu
 from longcat_jax.parameters import matrix
 
 
-def ffn(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """W_down(silu(W_gate x) * W_up x)."""
-    return dense(swiglu(x, gate_DF, up_DF), down_FD)
+def ffn(
+    x: jax.Array,
+    gate_DF: jax.Array,
+    up_DF: jax.Array,
+    down_FD: jax.Array,
+    ahead: tuple[jax.Array, ...] = (),
+) -> jax.Array:
+    """W_down(silu(W_gate x) * W_up x); `ahead`: weights that a decoding step reads next."""
+    return dense(swiglu(x, gate_DF, up_DF), down_FD, ahead=ahead)
 
 
 class FFN(nn.Module):
@@ -19,11 +25,11 @@ class FFN(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ahead: tuple[jax.Array, ...] = ()) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c, dtype = self.config, x_BTD.dtype
         wide = (c.hidden_size, c.ffn_hidden_size)
         gate = self.param("gate_proj", matrix(c, "hidden_size", "embed", None), wide)
         up = self.param("up_proj", matrix(c, "hidden_size", "embed", None), wide)
         down = self.param("down_proj", matrix(c, "ffn_hidden_size", None, "embed"), wide[::-1])
-        return ffn(x_BTD, gate.astype(dtype), up.astype(dtype), down.astype(dtype))
+        return ffn(x_BTD, gate.astype(dtype), up.astype(dtype), down.astype(dtype), ahead)

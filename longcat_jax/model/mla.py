@@ -68,11 +68,18 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     return cache.replace(entries_RSU=entries_RSU)
 
 
-def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
+def _query(
+    config: ModelConfig,
+    low_BTQ: jax.Array,
+    weights: dict,
+    rope: RopeTable,
+    ahead: tuple[jax.Array, ...] = (),
+) -> tuple:
     """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P]."""
     c, (B, T, _) = config, low_BTQ.shape
     low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
-    q = dense(low_BTQ, weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
+    q_BTX = dense(low_BTQ, weights["q_b_proj"], ahead=ahead)
+    q = q_BTX.reshape(B, T, c.num_attention_heads, c.qk_head_dim)
     q = q * (c.hidden_size / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
     return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
 
@@ -147,12 +154,19 @@ def absorbed(
     weights: dict,
     tokens: AttentionInput,
     cache: LatentCache,
+    ahead: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, LatentCache]:
-    """Writes the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
+    """Writes the T tokens to the cache and attends over it -> (output [B, T, D], cache); `ahead`:
+    weights that are read next.
+    """
     c, (B, T, _) = config, x_BTD.shape
-    low_BTQ, low_BTU = products(x_BTD, weights["q_a_proj"], weights["kv_a_proj_with_mqa"])
+    down, up = ("q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj", "kv_b_proj")
+    # Between its products attention is many small kernels: memory works ahead.
+    later = tuple(weights[name] for name in up)
+    low_BTQ, low_BTU = products(x_BTD, *(weights[name] for name in down), ahead=later)
     cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
-    q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope)
+    later = weights["o_proj"], *ahead
+    q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope, later)
     w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
     q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
     out_BTHC = mla_decode(
@@ -173,9 +187,15 @@ class MLA(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, tokens: AttentionInput, cache: LatentCache | None = None
+        self,
+        x_BTD: jax.Array,
+        tokens: AttentionInput,
+        cache: LatentCache | None = None,
+        ahead: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, jax.Array | LatentCache]:
-        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache)."""
+        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache); `ahead`:
+        weights that a step over a cache reads next.
+        """
         c = self.config
         D, Q, C, U, H = (
             c.hidden_size,
@@ -204,4 +224,4 @@ class MLA(nn.Module):
         weights = {name: w.astype(x_BTD.dtype) for name, w in weights.items()}
         if cache is None:
             return expanded(c, x_BTD, weights, tokens)
-        return absorbed(c, x_BTD, weights, tokens, cache)
+        return absorbed(c, x_BTD, weights, tokens, cache, ahead)

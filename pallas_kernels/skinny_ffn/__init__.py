@@ -3,8 +3,6 @@
 M rows; K contracted, F FFN width; D model; X experts.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 

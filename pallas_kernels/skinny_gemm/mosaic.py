@@ -24,6 +24,7 @@ from pallas_kernels.skinny_gemm import reference
 ROWS = 64  # of a wgmma
 ROW_MULTIPLE = 8  # rows of a tile of swizzled shared memory
 PIECE = 64  # columns of a CTA, and entries of a step: a swizzled row of 16-bit numbers
+AHEAD_COLUMNS = 256, 128, 64  # of a copy into L2: the most that divide a matrix
 STAGES = 6  # steps in shared memory: two CTAs fit into an SM
 
 
@@ -110,7 +111,27 @@ def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(x: Any, matrices: Any, *results: Any, steps: int) -> None:
+def _send_ahead(matrices: Any, cta: jax.Array, ctas: int) -> None:
+    """Starts this CTA's share of the copies into L2; nobody waits for them."""
+    for matrix in matrices:
+        rows, columns = matrix.shape
+        width = next(w for w in AHEAD_COLUMNS if columns % w == 0)
+        count = (rows // PIECE) * (columns // width)
+
+        def copy(i: jax.Array, _: None, matrix: Any = matrix, width: int = width) -> None:
+            row, column = _mosaic.divmod_by(cta + i * ctas, matrix.shape[1] // width)
+            plgpu.async_prefetch(
+                matrix.at[
+                    pl.ds(pl.multiple_of(row * PIECE, PIECE), PIECE),
+                    pl.ds(pl.multiple_of(column * width, width), width),
+                ]
+            )
+
+        mine = lax.div(count - cta + (ctas - 1), jnp.int32(ctas))
+        lax.fori_loop(jnp.int32(0), mine, copy, None)
+
+
+def _kernel(x: Any, matrices: Any, ahead: Any, *results: Any, steps: int, ctas: int) -> None:
     *outs, buffers = results
     cta, first = lax.axis_index("cta"), 0
     for w, out in zip(matrices, outs, strict=True):
@@ -118,6 +139,7 @@ def _kernel(x: Any, matrices: Any, *results: Any, steps: int) -> None:
         run = functools.partial(_part, x, w, out, buffers, steps, cta - first)
         pl.when((cta >= first) & (cta < last))(run)
         first = last
+    _send_ahead(ahead, cta, ctas)
 
 
 def splits(contracted: int, columns: int) -> int:
@@ -137,35 +159,38 @@ def splits(contracted: int, columns: int) -> int:
 Matrices = tuple[jax.Array, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _products(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> Matrices:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _products(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> Matrices:
     rows, contracted = x_MK.shape
     widths = [w_KN.shape[1] for w_KN in matrices]
     parts = splits(contracted, sum(widths))
+    ctas = parts * sum(widths) // PIECE
     sums = plgpu.kernel(
-        functools.partial(_kernel, steps=contracted // PIECE // parts),
+        functools.partial(_kernel, steps=contracted // PIECE // parts, ctas=ctas),
         out_type=tuple(jax.ShapeDtypeStruct((parts, rows, width), jnp.float32) for width in widths),
         scratch_types=(_buffer_types(x_MK.dtype),),
-        grid=(parts * sum(widths) // PIECE,),
+        grid=(ctas,),
         grid_names=("cta",),
         kernel_name="skinny_gemm",
-    )(x_MK, matrices)
+    )(x_MK, matrices, ahead)
     axes = _common.varying_axes(x_MK, *matrices)
     return tuple(_common.vary(sums_SMN, axes).sum(axis=0).astype(out_dtype) for sums_SMN in sums)
 
 
-def _forward(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> tuple[Matrices, Any]:
-    return _products(x_MK, matrices, out_dtype), (x_MK, matrices)
+def _forward(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> tuple:
+    return _products(x_MK, matrices, ahead, out_dtype), (x_MK, matrices)
 
 
-def _backward(out_dtype: Any, residuals: Any, douts: Matrices) -> tuple[jax.Array, Matrices]:
+def _backward(out_dtype: Any, residuals: Any, douts: Matrices) -> tuple:
     plain = functools.partial(reference.skinny_gemm, out_dtype=out_dtype)
-    return jax.vjp(plain, *residuals)[1](douts)
+    return *jax.vjp(plain, *residuals)[1](douts), None
 
 
 _products.defvjp(_forward, _backward)
 
 
-def skinny_gemm(x_MK: jax.Array, matrices: Matrices, *, out_dtype: Any) -> Matrices:
+def skinny_gemm(
+    x_MK: jax.Array, matrices: Matrices, *, ahead: Matrices, out_dtype: Any
+) -> Matrices:
     """The public operator, arguments already checked."""
-    return _products(x_MK, matrices, out_dtype)
+    return _products(x_MK, matrices, ahead, out_dtype)
