@@ -7,6 +7,7 @@ best one for the platform; a named one is used or refused with a ValueError, nev
 """
 
 from pallas_kernels._common import HOPPER, KINDS, RESULT, kernels, made_for
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.flash_mla import flash_mla
 from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_sum
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
@@ -20,6 +21,7 @@ __all__ = [
     "HOPPER",
     "KINDS",
     "RESULT",
+    "add_norm",
     "flash_mla",
     "gather_combine",
     "gather_rows",

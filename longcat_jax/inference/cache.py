@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.block import Block
+from longcat_jax.model.block import DecodingBlock
 from longcat_jax.model.embed import embed
 from longcat_jax.model.longcat import Params, Sequence, trunk
 from longcat_jax.model.mla import AttentionInput, LatentCache
@@ -69,8 +69,8 @@ def extend(
             lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), params["layers"]
         )
         latents = LatentCache(entries_RSU, lengths_B, index * (A * B))
-        x_BTD, out = Block(c).apply({"params": weights}, x_BTD, tokens, latents)
-        return x_BTD, out.attention[1].entries_RSU
+        x_BTD, latents = DecodingBlock(c).apply({"params": weights}, x_BTD, tokens, latents)
+        return x_BTD, latents.entries_RSU
 
     x_BTD = embed(params["embed_tokens"], tokens_BT, jnp.dtype(c.dtype))
     entries_RSU = cache.entries_LABSU.reshape(L * A * B, S, U)

@@ -27,6 +27,7 @@ def products(
     *matrices: jax.Array,
     ahead: tuple[jax.Array, ...] = (),
     out_dtype: Any = None,
+    summed: bool = True,
 ) -> tuple[jax.Array, ...]:
     """x w [..., N] of every matrix [D, N].
 
@@ -35,12 +36,14 @@ def products(
       *matrices: of the dtype of x.
       ahead: matrices that are read next, see `skinny_gemm`.
       out_dtype: at least that of x; None: the same.
+      summed: False: terms [S, ..., N] of the results, for `add_norm`.
     """
     if not _few(x):
-        return tuple(jnp.matmul(x, w_DN, preferred_element_type=out_dtype) for w_DN in matrices)
-    rows = x.reshape(-1, x.shape[-1])
-    results = skinny_gemm(rows, *matrices, ahead=ahead, out_dtype=out_dtype)
-    return tuple(out_MN.reshape(*x.shape[:-1], out_MN.shape[1]) for out_MN in results)
+        out = tuple(jnp.matmul(x, w_DN, preferred_element_type=out_dtype) for w_DN in matrices)
+        return out if summed else tuple(out_XN[None] for out_XN in out)
+    rows, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    out = skinny_gemm(rows, *matrices, ahead=ahead, out_dtype=out_dtype, summed=summed)
+    return tuple(o.reshape(*o.shape[:-2], *lead, o.shape[-1]) for o in out)
 
 
 def dense(x: jax.Array, w_DN: jax.Array, **options: Any) -> jax.Array:

@@ -169,9 +169,9 @@ def trunk(
 
     def layer(x_BTD: jax.Array, scanned: tuple) -> tuple:
         weights, shift_E = scanned
-        x_BTD, out = block.apply({"params": weights}, x_BTD, tokens, None, shift_E)
+        x_BTD, out = block.apply({"params": weights}, x_BTD, tokens, shift_E)
         statistics = router_statistics(out.routing, valid_BT, config=c, groups=balance_groups)
-        return constrain_activations(x_BTD), (statistics, out.left_out, out.attention)
+        return constrain_activations(x_BTD), (statistics, out.left_out, out.latents)
 
     x_BTD = embed(params["embed_tokens"], sequence.tokens_BT, jnp.dtype(c.dtype))
     x_BTD, (routers, left_out_L, latents) = jax.lax.scan(

@@ -9,6 +9,7 @@ rank, N nope dim, P rope dim, V value dim, U = C + P the cached width.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,13 +19,14 @@ from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
 from longcat_jax.model.dense import dense, products
-from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.norm import add_norm, rms_norm
 from longcat_jax.model.remat import keep, keep_if_ample
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
 from longcat_jax.parallel.context import attend_in_place, gather_row
 from longcat_jax.parameters import matrix, norm_weight
 from longcat_jax.sharding import BATCH_AXES, DENSE, TOKENS, gather_weight, on_shards
 from pallas_kernels import flash_mla, mla_decode
+from pallas_kernels.add_norm import Rows
 
 
 @struct.dataclass
@@ -75,24 +77,23 @@ def _query(
     rope: RopeTable,
     ahead: tuple[jax.Array, ...] = (),
 ) -> tuple:
-    """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P]."""
+    """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P], of the normed latent."""
     c, (B, T, _) = config, low_BTQ.shape
-    low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
     q_BTX = dense(low_BTQ, weights["q_b_proj"], ahead=ahead)
     q = q_BTX.reshape(B, T, c.num_attention_heads, c.qk_head_dim)
     q = q * (c.hidden_size / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
     return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
 
 
-def _latent(config: ModelConfig, low_BTU: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
-    """What a cache holds of each token [B, T, U]; the rope key is shared by all heads and not
-    scaled.
+def _latent(
+    config: ModelConfig, low_BTC: jax.Array, k_rope_BTP: jax.Array, rope: RopeTable
+) -> jax.Array:
+    """What a cache holds of each token [B, T, U], of the normed latent; the rope key is shared by
+    all heads and not scaled.
     """
-    c = config
-    latent = rms_norm(low_BTU[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
-    latent = latent * (c.hidden_size / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
-    k_rope = rotate(low_BTU[..., None, c.kv_lora_rank :], rope)[:, :, 0]
-    return jnp.concatenate([latent, k_rope], axis=-1)
+    low_BTC = low_BTC * (config.hidden_size / config.kv_lora_rank) ** 0.5  # alpha_kv
+    k_rope_BTP = rotate(k_rope_BTP[:, :, None], rope)[:, :, 0]
+    return jnp.concatenate([low_BTC, k_rope_BTP], axis=-1)
 
 
 def _up_projections(config: ModelConfig, kv_b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +140,12 @@ def expanded(
     # One product, and so is its gradient to x.
     down = jnp.concatenate([weights["q_a_proj"], weights["kv_a_proj_with_mqa"]], axis=1)
     low_BTQ, low_BTU = jnp.split(keep(x_BTD @ down), [c.q_lora_rank], axis=-1)
-    latent_BTU = _latent(c, low_BTU, weights, tokens.rope)
+    low_BTC, k_rope_BTP = jnp.split(low_BTU, [c.kv_lora_rank], axis=-1)
+    low_BTQ, low_BTC = (
+        rms_norm(low, weights[name], c.mla_norm_eps)
+        for low, name in ((low_BTQ, "q_a_layernorm"), (low_BTC, "kv_a_layernorm"))
+    )
+    latent_BTU = _latent(c, low_BTC, k_rope_BTP, tokens.rope)
     q_BTHQ = keep(jnp.concatenate(_query(c, low_BTQ, weights, tokens.rope), axis=-1))
     on_device = on_shards(
         functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
@@ -155,16 +161,36 @@ def absorbed(
     tokens: AttentionInput,
     cache: LatentCache,
     ahead: tuple[jax.Array, ...] = (),
+    summed: bool = True,
 ) -> tuple[jax.Array, LatentCache]:
-    """Writes the T tokens to the cache and attends over it -> (output [B, T, D], cache); `ahead`:
-    weights that are read next.
+    """Writes the T tokens to the cache and attends over it.
+
+    Args:
+      config: architecture.
+      x_BTD: activations.
+      weights: of the attention.
+      tokens: positions.
+      cache: with these tokens' room.
+      ahead: weights that are read next.
+      summed: False: not the output, but its terms.
+
+    Returns:
+      output [B, T, D] or terms [S, B, T, D], and the cache.
     """
     c, (B, T, _) = config, x_BTD.shape
     down, up = ("q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj", "kv_b_proj")
     # Between its products attention is many small kernels: memory works ahead.
     later = tuple(weights[name] for name in up)
-    low_BTQ, low_BTU = products(x_BTD, *(weights[name] for name in down), ahead=later)
-    cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
+    low_SBTQ, low_SBTU = products(
+        x_BTD, *(weights[name] for name in down), ahead=later, summed=False
+    )
+    (_, low_BTQ), (_, low_BTC) = add_norm(
+        Rows(weights["q_a_layernorm"], terms_SMN=low_SBTQ),
+        Rows(weights["kv_a_layernorm"], terms_SMN=low_SBTU),
+        eps=c.mla_norm_eps,
+    )
+    k_rope_BTP = low_SBTU[..., c.kv_lora_rank :].sum(0).astype(x_BTD.dtype)
+    cache = _write(cache, _latent(c, low_BTC, k_rope_BTP, tokens.rope))
     later = weights["o_proj"], *ahead
     q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope, later)
     w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
@@ -177,7 +203,7 @@ def absorbed(
         value_dim=c.kv_lora_rank,
     )
     out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHC, w_uv_CHV)
-    return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"]), cache
+    return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"], summed=summed), cache
 
 
 class MLA(nn.Module):
@@ -191,10 +217,10 @@ class MLA(nn.Module):
         x_BTD: jax.Array,
         tokens: AttentionInput,
         cache: LatentCache | None = None,
-        ahead: tuple[jax.Array, ...] = (),
+        **options: Any,
     ) -> tuple[jax.Array, jax.Array | LatentCache]:
-        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache); `ahead`:
-        weights that a step over a cache reads next.
+        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache); options of
+        `absorbed` where there is a cache.
         """
         c = self.config
         D, Q, C, U, H = (
@@ -224,4 +250,4 @@ class MLA(nn.Module):
         weights = {name: w.astype(x_BTD.dtype) for name, w in weights.items()}
         if cache is None:
             return expanded(c, x_BTD, weights, tokens)
-        return absorbed(c, x_BTD, weights, tokens, cache, ahead)
+        return absorbed(c, x_BTD, weights, tokens, cache, **options)

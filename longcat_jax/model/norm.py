@@ -1,7 +1,11 @@
-"""RMSNorm. B batch, T tokens, D the normalised dim."""
+"""RMSNorm. B batch, T tokens, S terms, D the normalised dim."""
 
 import jax
 import jax.numpy as jnp
+
+import pallas_kernels
+from longcat_jax.sharding import several_devices
+from pallas_kernels.add_norm import Rows
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
@@ -13,3 +17,24 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     weight = jnp.expand_dims(weight_D.astype(x.dtype), range(x.ndim - 1))
     return (wide * scale).astype(x.dtype) * weight
+
+
+def add_norm(*several: Rows, eps: float) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """(base + sum of terms, its RMSNorm) of each, in one launch of a decoding step.
+
+    Args:
+      *several: with bases [B, T, D] and terms [S, B, T, N] in place of rows.
+      eps: of `rms_norm`.
+    """
+    base, terms = several[0].base_MD, several[0].terms_SMN
+    lead = (terms[0] if base is None else base).shape[:-1]
+
+    def flat(rows: Rows) -> Rows:
+        weight, base, terms = rows
+        base = None if base is None else base.reshape(-1, base.shape[-1])
+        terms = None if terms is None else terms.reshape(len(terms), -1, terms.shape[-1])
+        return Rows(weight, base, terms)
+
+    plain = "reference" if several_devices() else None  # XLA can't cut a kernel's rows
+    results = pallas_kernels.add_norm(*map(flat, several), eps=eps, implementation=plain)
+    return jax.tree.map(lambda x_MD: x_MD.reshape(*lead, x_MD.shape[1]), results)

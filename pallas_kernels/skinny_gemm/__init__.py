@@ -49,6 +49,7 @@ def skinny_gemm(
     *matrices: jax.Array,
     ahead: tuple[jax.Array, ...] = (),
     out_dtype: Any = None,
+    summed: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """x w of one matrix or more, in one launch; summed in float32 at least.
@@ -59,12 +60,14 @@ def skinny_gemm(
       ahead: matrices that a later launch reads. The kernel starts their way from memory into L2
         when its own are read, for memory to work while small kernels run; results don't change.
       out_dtype: of the results; None: that of the operands.
+      summed: False: the results' terms, in float32 at least, for `add_norm`. How many they are is a
+        function of shapes and the implementation. They have a gradient only in the reference.
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes, 1 to 64 rows and K and N that
         are multiples of 64; None for "mosaic" where it runs and "reference" elsewhere. The gradient
         is the reference's.
 
     Returns:
-      [M, N] for every matrix.
+      [M, N] for every matrix, or terms [S, M, N].
 
     Raises:
       ValueError: shapes or dtypes don't fit, or the implementation is not available.
@@ -86,4 +89,4 @@ def skinny_gemm(
     )
     run = _common.choose(name, implementation, _IMPLEMENTATIONS, x_MK, *matrices, *ahead)
     x_MK, *matrices = _common.vary_together(x_MK, *matrices)
-    return run(x_MK, tuple(matrices), ahead=tuple(ahead), out_dtype=out_dtype)
+    return run(x_MK, tuple(matrices), ahead=tuple(ahead), out_dtype=out_dtype, summed=summed)

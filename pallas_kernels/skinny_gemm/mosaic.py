@@ -159,13 +159,12 @@ def splits(contracted: int, columns: int) -> int:
 Matrices = tuple[jax.Array, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _products(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> Matrices:
+def _terms(x_MK: jax.Array, matrices: Matrices, ahead: Matrices) -> Matrices:
     rows, contracted = x_MK.shape
     widths = [w_KN.shape[1] for w_KN in matrices]
     parts = splits(contracted, sum(widths))
     ctas = parts * sum(widths) // PIECE
-    sums = plgpu.kernel(
+    terms = plgpu.kernel(
         functools.partial(_kernel, steps=contracted // PIECE // parts, ctas=ctas),
         out_type=tuple(jax.ShapeDtypeStruct((parts, rows, width), jnp.float32) for width in widths),
         scratch_types=(_buffer_types(x_MK.dtype),),
@@ -174,7 +173,12 @@ def _products(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: A
         kernel_name="skinny_gemm",
     )(x_MK, matrices, ahead)
     axes = _common.varying_axes(x_MK, *matrices)
-    return tuple(_common.vary(sums_SMN, axes).sum(axis=0).astype(out_dtype) for sums_SMN in sums)
+    return tuple(_common.vary(terms_SMN, axes) for terms_SMN in terms)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _products(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> Matrices:
+    return tuple(x_SMN.sum(axis=0).astype(out_dtype) for x_SMN in _terms(x_MK, matrices, ahead))
 
 
 def _forward(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> tuple:
@@ -182,7 +186,7 @@ def _forward(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: An
 
 
 def _backward(out_dtype: Any, residuals: Any, douts: Matrices) -> tuple:
-    plain = functools.partial(reference.skinny_gemm, out_dtype=out_dtype)
+    plain = functools.partial(reference.skinny_gemm, ahead=(), out_dtype=out_dtype, summed=True)
     return *jax.vjp(plain, *residuals)[1](douts), None
 
 
@@ -190,7 +194,9 @@ _products.defvjp(_forward, _backward)
 
 
 def skinny_gemm(
-    x_MK: jax.Array, matrices: Matrices, *, ahead: Matrices, out_dtype: Any
+    x_MK: jax.Array, matrices: Matrices, *, ahead: Matrices, out_dtype: Any, summed: bool
 ) -> Matrices:
     """The public operator, arguments already checked."""
+    if not summed:
+        return _terms(x_MK, matrices, ahead)
     return _products(x_MK, matrices, ahead, out_dtype)

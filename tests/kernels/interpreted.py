@@ -35,6 +35,7 @@ from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
 from tests.kernels import (
     helpers,
+    interpreted_add_norm,
     interpreted_ffn,
     interpreted_skinny,
     interpreted_swiglu,
@@ -267,6 +268,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         f"ffn {name}": lambda case=case: interpreted_ffn.ffn(case, "mosaic")
         for name, case in interpreted_ffn.CASES.items()
     },
+    "add_norm": lambda: interpreted_add_norm.add_norm("mosaic"),
 }
 RACES = {
     "grouped uneven",
@@ -279,6 +281,7 @@ RACES = {
     "swiglu cut",
     "skinny long",
     "ffn long",
+    "add_norm",
     "race",
 }
 

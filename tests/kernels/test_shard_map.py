@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
+    add_norm,
     flash_mla,
     gather_combine,
     gather_rows,
@@ -19,6 +20,7 @@ from pallas_kernels import (
     scatter_add,
     skinny_gemm,
 )
+from pallas_kernels.add_norm import Rows
 from pallas_kernels.flash_mla import reference as flash_reference
 from tests.kernels import helpers
 
@@ -78,6 +80,11 @@ OPERATORS = {
         lambda cache, q: mla_decode(q, cache, integers(9, 2), scale=0.3, value_dim=5),
         draw(2, 9, 8),
         draw(DEVICES, 2, 1, 3, 8),
+    ),
+    "add_norm": (
+        lambda w, x: sum(add_norm(Rows(w, x), eps=1e-5)[0]),
+        draw(6),
+        draw(DEVICES, 5, 6),
     ),
     "skinny_gemm": (lambda w, x: skinny_gemm(x, w)[0], draw(6, 10), draw(DEVICES, 5, 6)),
 }
