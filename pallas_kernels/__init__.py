@@ -13,6 +13,7 @@ from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_su
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from pallas_kernels.grouped_swiglu import grouped_swiglu
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_heads import absorb_query, expand_values
 from pallas_kernels.scatter_add import scatter_add
 from pallas_kernels.skinny_ffn import skinny_experts, skinny_swiglu
 from pallas_kernels.skinny_gemm import skinny_gemm
@@ -21,7 +22,9 @@ __all__ = [
     "HOPPER",
     "KINDS",
     "RESULT",
+    "absorb_query",
     "add_norm",
+    "expand_values",
     "flash_mla",
     "gather_combine",
     "gather_rows",

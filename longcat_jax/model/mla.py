@@ -24,8 +24,15 @@ from longcat_jax.model.remat import keep, keep_if_ample
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate
 from longcat_jax.parallel.context import attend_in_place, gather_row
 from longcat_jax.parameters import matrix, norm_weight
-from longcat_jax.sharding import BATCH_AXES, DENSE, TOKENS, gather_weight, on_shards
-from pallas_kernels import flash_mla, mla_decode
+from longcat_jax.sharding import (
+    BATCH_AXES,
+    DENSE,
+    TOKENS,
+    gather_weight,
+    on_shards,
+    several_devices,
+)
+from pallas_kernels import absorb_query, expand_values, flash_mla, mla_decode
 from pallas_kernels.add_norm import Rows
 
 
@@ -70,17 +77,10 @@ def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
     return cache.replace(entries_RSU=entries_RSU)
 
 
-def _query(
-    config: ModelConfig,
-    low_BTQ: jax.Array,
-    weights: dict,
-    rope: RopeTable,
-    ahead: tuple[jax.Array, ...] = (),
-) -> tuple:
+def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> tuple:
     """Queries' nope part [B, T, H, N] and rotated rope part [B, T, H, P], of the normed latent."""
     c, (B, T, _) = config, low_BTQ.shape
-    q_BTX = dense(low_BTQ, weights["q_b_proj"], ahead=ahead)
-    q = q_BTX.reshape(B, T, c.num_attention_heads, c.qk_head_dim)
+    q = dense(low_BTQ, weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
     q = q * (c.hidden_size / c.q_lora_rank) ** 0.5  # scale correction, alpha_q
     return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rope)
 
@@ -192,17 +192,29 @@ def absorbed(
     k_rope_BTP = low_SBTU[..., c.kv_lora_rank :].sum(0).astype(x_BTD.dtype)
     cache = _write(cache, _latent(c, low_BTC, k_rope_BTP, tokens.rope))
     later = weights["o_proj"], *ahead
-    q_nope, q_rope = _query(c, low_BTQ, weights, tokens.rope, later)
-    w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
-    q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
+    (terms_SBTX,) = products(low_BTQ, weights["q_b_proj"], ahead=later, summed=False)
+    kv_b_CHY = weights["kv_b_proj"].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
+    plain = "reference" if several_devices() else None  # XLA can't cut a kernel's rows
+    q_MHU = absorb_query(
+        terms_SBTX.reshape(len(terms_SBTX), B * T, -1),
+        kv_b_CHY,
+        *(table_BTI.reshape(B * T, -1) for table_BTI in (tokens.rope.cos_BTI, tokens.rope.sin_BTI)),
+        scale=(c.hidden_size / c.q_lora_rank) ** 0.5,  # scale correction, alpha_q
+        implementation=plain,
+    )
     out_BTHC = mla_decode(
-        q_BTHU,
+        q_MHU.reshape(B, T, *q_MHU.shape[1:]),
         jax.lax.dynamic_slice_in_dim(cache.entries_RSU, cache.first_row, B),
         cache.lengths_B,
         scale=attention_scale(c),
         value_dim=c.kv_lora_rank,
     )
-    out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHC, w_uv_CHV)
+    out_BTHV = expand_values(
+        out_BTHC.reshape(B * T, *out_BTHC.shape[2:]),
+        kv_b_CHY,
+        value_dim=c.v_head_dim,
+        implementation=plain,
+    )
     return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"], summed=summed), cache
 
 

@@ -330,8 +330,7 @@ def attend(
     """
     batch, tokens, heads, width = q_BTHU.shape
     rows = -(-tokens * heads // TILE) * TILE
-    q_BRU = q_BTHU.reshape(batch, tokens * heads, width)
-    q_BRU = jnp.pad(q_BRU, ((0, 0), (0, rows - tokens * heads), (0, 0)))
+    q_BRU = q_BTHU.reshape(batch, tokens * heads, width)  # rows past them are loaded as zeros
     splits = -(-cache.capacity // cut.split)
     parts = plgpu.kernel(
         functools.partial(_kernel, plan=cut, scale=scale),

@@ -37,6 +37,7 @@ from tests.kernels import (
     helpers,
     interpreted_add_norm,
     interpreted_ffn,
+    interpreted_heads,
     interpreted_skinny,
     interpreted_swiglu,
     register_wgmma,
@@ -269,6 +270,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         for name, case in interpreted_ffn.CASES.items()
     },
     "add_norm": lambda: interpreted_add_norm.add_norm("mosaic"),
+    **{
+        f"heads {name}": lambda case=case: interpreted_heads.heads(case, "mosaic")
+        for name, case in interpreted_heads.CASES.items()
+    },
 }
 RACES = {
     "grouped uneven",
@@ -282,6 +287,7 @@ RACES = {
     "skinny long",
     "ffn long",
     "add_norm",
+    "heads some tokens",
     "race",
 }
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from pallas_kernels import _common
 from pallas_kernels.add_norm import Rows
 from tests.kernels import helpers
 
@@ -20,7 +21,7 @@ def draws(dtype: Any) -> tuple[Rows, ...]:
     def draw(*shape: int, dtype: Any = dtype) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = _common.accumulation_dtype(dtype)
     return (
         Rows(draw(1024), draw(ROWS, 1024)),
         Rows(draw(128), terms_SMN=draw(1, ROWS, 192, dtype=wide)),
