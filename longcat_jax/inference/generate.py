@@ -100,7 +100,7 @@ def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
 def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: int) -> LoopState:
     """The program: prefill, then a token per row and step until all have ended."""
-    params = longcat.working_params(params, config)  # once, not in every step
+    params = longcat.decoding_params(params, config)  # once, not in every step
     B, T = inputs.prompts.tokens_BT.shape
     capacity = -(-(T + max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     hidden_BTD, cache = prefill(params, config, inputs.prompts, capacity=capacity)

@@ -25,7 +25,12 @@ from longcat_jax.model.mtp import MTPHead
 from longcat_jax.model.norm import rms_norm
 from longcat_jax.model.remat import rematerialised
 from longcat_jax.model.rope import rope_table
-from longcat_jax.model.router import RouterStatistics, router_statistics
+from longcat_jax.model.router import (
+    PARTS,
+    RouterStatistics,
+    product_parts,
+    router_statistics,
+)
 from longcat_jax.parallel.context import natural
 from longcat_jax.parameters import embedding, matrix, norm_weight, scale_variance, stack_layers
 from longcat_jax.sharding import axis_size, constrain_activations, without_mesh
@@ -138,6 +143,16 @@ def working_params(params: Params, config: ModelConfig) -> Params:
     rest = {name: tree for name, tree in params.items() if name != "layers"}
     cast = jax.tree.map(lambda w: w.astype(config.dtype), rest)
     return {**cast, "layers": working_layers(params, config)}
+
+
+def decoding_params(params: Params, config: ModelConfig) -> Params:
+    """`working_params`, with what a router's product makes of its weights."""
+    working = working_params(params, config)
+    layers, mlp = working["layers"], working["layers"]["mlp"]
+    router = mlp["router"]
+    if config.dtype == "bfloat16" and router["classifier"].dtype == jnp.float32:
+        router = {**router, PARTS: product_parts(router["classifier"])}
+    return {**working, "layers": {**layers, "mlp": {**mlp, "router": router}}}
 
 
 def trunk(
