@@ -14,7 +14,7 @@ MAX_TOKENS = 64
 """Of the kernels: the rows that a wgmma has."""
 _MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
 _MOSAIC_ROPE, _MOSAIC_MULTIPLE = 64, 64  # of the other dims
-_MOSAIC_PIECES = 8  # pieces of a head's nope part times terms, that shared memory holds
+_MOSAIC_PIECES = 12  # of a head's columns, in terms, sum and matrix: what shared memory holds
 
 
 def _mosaic_query(*operands: jax.Array, scale: float) -> jax.Array:
@@ -39,7 +39,7 @@ def _query_misfit(terms_SMX: jax.Array, kv_b_CHY: jax.Array, cos_MI: jax.Array) 
         and 0 < M <= MAX_TOKENS
         and rope == _MOSAIC_ROPE
         and all(n > 0 and n % _MOSAIC_MULTIPLE == 0 for n in (nope, C))
-        and nope // _MOSAIC_MULTIPLE * S <= _MOSAIC_PIECES
+        and (nope + rope) // _MOSAIC_MULTIPLE * (S + 1) <= _MOSAIC_PIECES
     ):
         return ""
     return (

@@ -1,9 +1,9 @@
 """The operators for Hopper: a CTA owns 64 columns of one head's result.
 
 For queries it adds and scales the head's terms and multiplies them with its part of the key
-up-projection, which is transposed on its way into the tensor cores. One CTA of a head rotates: a
-product with a permutation brings the members of its pairs side by side, so that no thread needs
-another's numbers.
+up-projection, which is transposed on its way into the tensor cores. The first CTA of a head also
+rotates: a product with a permutation brings the members of its pairs side by side, so that no
+thread needs another's numbers.
 
 M rows; H heads; N nope dim, P rope dim of I pairs; C latent dim, V value dim; S terms.
 """
@@ -27,8 +27,8 @@ STAGES = 8  # of values: a latent of 512 is on its way at once
 
 
 class QueryBuffers(NamedTuple):
-    """Shared memory: terms and matrices by piece of 64 columns, the scaled query, angles, results;
-    a barrier for either kind of CTA.
+    """Shared memory: terms, the scaled query and matrices by piece of 64 columns, the rope part
+    last; angles, results; a barrier for either part.
     """
 
     terms: Any
@@ -45,9 +45,9 @@ def _query_buffers(dtype: Any, terms: int, pieces: int) -> QueryBuffers:
     tiles, wide = _mosaic.tiled(dtype), _mosaic.tiled(jnp.float32)
     half = plgpu.TilingTransform((8, PAIRS)), plgpu.SwizzleTransform(_mosaic.SWIZZLE_BYTES // 2)
     return QueryBuffers(
-        terms=plgpu.SMEM((pieces, terms, ROWS, PIECE), jnp.float32, transforms=wide),
-        x=plgpu.SMEM((pieces, ROWS, PIECE), dtype, transforms=tiles),
-        matrices=plgpu.SMEM((pieces, PIECE, PIECE), dtype, transforms=tiles),
+        terms=plgpu.SMEM((pieces + 1, terms, ROWS, PIECE), jnp.float32, transforms=wide),
+        x=plgpu.SMEM((pieces + 1, ROWS, PIECE), dtype, transforms=tiles),
+        matrices=plgpu.SMEM((pieces + 1, PIECE, PIECE), dtype, transforms=tiles),
         angles=plgpu.SMEM((2, ROWS, PAIRS), jnp.float32, transforms=wide),
         out=plgpu.SMEM((ROWS, PIECE), dtype, transforms=tiles),
         rotated=plgpu.SMEM((2, ROWS, PAIRS), dtype, transforms=half),
@@ -68,60 +68,61 @@ def _query_kernel(
     scale: float,
 ) -> None:
     (num_terms, num_rows, _), latent_dim = terms.shape, kv_b.shape[0]
-    pieces, latent_tiles = buffers.x.shape[0], latent_dim // PIECE
-    head, tile = _mosaic.divmod_by(lax.axis_index("cta"), latent_tiles + 1)
+    pieces = buffers.x.shape[0] - 1  # of the nope part; the rope part is the one after
+    head, tile = _mosaic.divmod_by(lax.axis_index("cta"), latent_dim // PIECE)
     rows = row_window(num_rows)
     used = pl.ds(0, rows.size)
 
     def columns(start: Any) -> Any:
         return pl.ds(pl.multiple_of(start, PIECE), PIECE)
 
-    def load_terms(piece: int, slot: int, full: Any) -> None:
+    def load_terms(piece: int, full: Any) -> None:
         place = columns(head * ((pieces + 1) * PIECE) + piece * PIECE)
         for s in range(num_terms):
-            to = buffers.terms.at[slot, s, used]
+            to = buffers.terms.at[piece, s, used]
             plgpu.copy_gmem_to_smem(terms.at[s, rows, place], to, full)
 
-    def add_terms(slot: int) -> None:
-        parts = (plgpu.load(buffers.terms.at[slot, s], layout=MATRIX) for s in range(num_terms))
+    def add_terms(piece: int) -> None:
+        parts = (plgpu.load(buffers.terms.at[piece, s], layout=MATRIX) for s in range(num_terms))
         sums = functools.reduce(jnp.add, parts).astype(buffers.x.dtype)
-        buffers.x[slot] = sums * scale
+        buffers.x[piece] = sums * scale
 
-    @pl.when(tile < latent_tiles)
-    def _() -> None:
-        full = buffers.latent_full
-        for p in range(pieces):
-            window = columns(tile * PIECE), head, pl.ds(p * PIECE, PIECE)
-            plgpu.copy_gmem_to_smem(kv_b.at[window], buffers.matrices.at[p], full)
-            load_terms(p, p, full)
-        plgpu.barrier_wait(full)
-        for p in range(pieces):
-            add_terms(p)
-        plgpu.commit_smem()
+    for p in range(pieces):
+        window = columns(tile * PIECE), head, pl.ds(p * PIECE, PIECE)
+        plgpu.copy_gmem_to_smem(kv_b.at[window], buffers.matrices.at[p], buffers.latent_full)
+        load_terms(p, buffers.latent_full)
 
-        def multiply(sums: Any) -> jax.Array:
-            for p in range(pieces):
-                plgpu.wgmma(sums, buffers.x.at[p], buffers.matrices.at[p].transpose((1, 0)))
-            return sums[...]
-
-        latent = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
-        buffers.out[...] = latent.astype(buffers.out.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffers.out.at[used], out.at[rows, head, columns(tile * PIECE)])
-
-    @pl.when(tile == latent_tiles)
+    @pl.when(tile == 0)
     def _() -> None:
         full = buffers.rope_full
-        plgpu.copy_gmem_to_smem(order, buffers.matrices.at[0], full)
+        plgpu.copy_gmem_to_smem(order, buffers.matrices.at[pieces], full)
         for i, angles in enumerate((cos, sin)):
             plgpu.copy_gmem_to_smem(angles.at[rows], buffers.angles.at[i, used], full)
-        load_terms(pieces, 0, full)
-        plgpu.barrier_wait(full)
-        add_terms(0)
+        load_terms(pieces, full)
+
+    plgpu.barrier_wait(buffers.latent_full)
+    for p in range(pieces):
+        add_terms(p)
+    plgpu.commit_smem()
+
+    def multiply(sums: Any) -> jax.Array:
+        for p in range(pieces):
+            plgpu.wgmma(sums, buffers.x.at[p], buffers.matrices.at[p].transpose((1, 0)))
+        return sums[...]
+
+    latent = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
+    buffers.out[...] = latent.astype(buffers.out.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffers.out.at[used], out.at[rows, head, columns(tile * PIECE)])
+
+    @pl.when(tile == 0)
+    def _() -> None:
+        plgpu.barrier_wait(buffers.rope_full)
+        add_terms(pieces)
         plgpu.commit_smem()
 
         def multiply(sums: Any) -> jax.Array:
-            plgpu.wgmma(sums, buffers.x.at[0], buffers.matrices.at[0])
+            plgpu.wgmma(sums, buffers.x.at[pieces], buffers.matrices.at[pieces])
             return sums[...]
 
         pairs = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
@@ -154,7 +155,7 @@ def absorb_query(
         functools.partial(_query_kernel, scale=scale),
         out_type=jax.ShapeDtypeStruct((M, H, C + PIECE), dtype),
         scratch_types=(_query_buffers(dtype, S, pieces),),
-        grid=(H * (C // PIECE + 1),),
+        grid=(H * (C // PIECE),),
         grid_names=("cta",),
         kernel_name="absorb_query",
     )(*operands)
