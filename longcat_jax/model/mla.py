@@ -191,7 +191,7 @@ def absorbed(
     )
     k_rope_BTP = low_SBTU[..., c.kv_lora_rank :].sum(0).astype(x_BTD.dtype)
     cache = _write(cache, _latent(c, low_BTC, k_rope_BTP, tokens.rope))
-    later = weights["o_proj"], *ahead
+    later = (weights["o_proj"],)
     (terms_SBTX,) = products(low_BTQ, weights["q_b_proj"], ahead=later, summed=False)
     kv_b_CHY = weights["kv_b_proj"].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
     plain = "reference" if several_devices() else None  # XLA can't cut a kernel's rows
@@ -215,7 +215,8 @@ def absorbed(
         value_dim=c.v_head_dim,
         implementation=plain,
     )
-    return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"], summed=summed), cache
+    out_BTX = out_BTHV.reshape(B, T, -1)
+    return dense(out_BTX, weights["o_proj"], ahead=ahead, summed=summed), cache
 
 
 class MLA(nn.Module):
