@@ -7,19 +7,25 @@ best one for the platform; a named one is used or refused with a ValueError, nev
 """
 
 from pallas_kernels._common import HOPPER, KINDS, RESULT, kernels, made_for
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.flash_mla import flash_mla
 from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_sum
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from pallas_kernels.grouped_swiglu import grouped_swiglu
 from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_heads import absorb_query, expand_values
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.scatter_add import scatter_add
+from pallas_kernels.skinny_ffn import skinny_experts, skinny_swiglu
 from pallas_kernels.skinny_gemm import skinny_gemm
 
 __all__ = [
     "HOPPER",
     "KINDS",
     "RESULT",
+    "absorb_query",
+    "add_norm",
+    "expand_values",
     "flash_mla",
     "gather_combine",
     "gather_rows",
@@ -32,5 +38,7 @@ __all__ = [
     "mla_decode",
     "rms_norm",
     "scatter_add",
+    "skinny_experts",
     "skinny_gemm",
+    "skinny_swiglu",
 ]

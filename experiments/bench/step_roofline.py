@@ -28,8 +28,8 @@ FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 OUTER = ("while", "call", "conditional")  # what they run is counted by itself
 SLICES = ("dynamic-slice", "slice", "gather")
 KERNEL = re.compile(
-    r"/(grouped_gemm|grouped_swiglu\w*|gather_rows|flash_mla_\w+|scatter_add|mla_decode"
-    r"|skinny_gemm|rms_norm_gradient)/"
+    r"/(grouped_gemm|grouped_swiglu\w*|gather_rows|flash_mla_\w+|scatter_add|mla_decode\w*|"
+    r"rms_norm_gradient|skinny_\w+|add_norm|absorb_query|expand_values)/"
 )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.block import Block
+from longcat_jax.model.block import DecodingBlock
 from longcat_jax.model.embed import embed
 from longcat_jax.model.longcat import Params, Sequence, trunk
 from longcat_jax.model.mla import AttentionInput, LatentCache
@@ -55,24 +55,25 @@ def extend(
 
     The caller sees to it that no length grows past the capacity.
     """
-    c, lengths_B = config, cache.lengths_B
-    L, A, B, S, U = cache.entries_LABSU.shape
-    positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    c, (L, A, B, S, U) = config, cache.entries_LABSU.shape
+    T = tokens_BT.shape[1]
+    positions_BT = cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     tokens = AttentionInput(rope_table(c, positions_BT))
+    lengths_B = cache.lengths_B + T
 
-    def layer(carry: tuple, scanned: tuple) -> tuple:
-        # The cache is carried, not scanned over: it is updated in place, never copied.
-        (x_BTD, entries_RSU), (weights, first_row) = carry, scanned
-        latents = LatentCache(entries_RSU, lengths_B, first_row)
-        x_BTD, out = Block(c).apply({"params": weights}, x_BTD, tokens, latents)
-        return (x_BTD, out.attention[1].entries_RSU), None
+    def layer(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple:
+        # Of weights and cache a kernel takes a layer's part by its address, which XLA knows from
+        # the loop's index. The cache is updated in place, never copied.
+        x_BTD, entries_RSU = carry
+        weights = jax.tree.map(
+            lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), params["layers"]
+        )
+        latents = LatentCache(entries_RSU, lengths_B, index * (A * B))
+        x_BTD, latents = DecodingBlock(c).apply({"params": weights}, x_BTD, tokens, latents)
+        return x_BTD, latents.entries_RSU
 
     x_BTD = embed(params["embed_tokens"], tokens_BT, jnp.dtype(c.dtype))
-    (x_BTD, entries_RSU), _ = jax.lax.scan(
-        layer,
-        (x_BTD, cache.entries_LABSU.reshape(L * A * B, S, U)),
-        (params["layers"], jnp.arange(L, dtype=jnp.int32) * (A * B)),
-    )
+    entries_RSU = cache.entries_LABSU.reshape(L * A * B, S, U)
+    x_BTD, entries_RSU = jax.lax.fori_loop(0, L, layer, (x_BTD, entries_RSU))
     hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
-    entries_LABSU = entries_RSU.reshape(L, A, B, S, U)
-    return hidden_BTD, Cache(entries_LABSU, lengths_B + tokens_BT.shape[1])
+    return hidden_BTD, Cache(entries_RSU.reshape(L, A, B, S, U), lengths_B)

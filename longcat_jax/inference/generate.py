@@ -105,7 +105,7 @@ def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: 
     """The program: prefill, then a token per row and step until all have ended, and up to
     STRIDE - 1 steps more.
     """
-    params = longcat.working_params(params, config)  # once, not in every step
+    params = longcat.decoding_params(params, config)  # once, not in every step
     B, T = inputs.prompts.tokens_BT.shape
     made = 1 + -(-(max_new_tokens - 1) // STRIDE) * STRIDE  # at most
     capacity = -(-(T + made) // CACHE_MULTIPLE) * CACHE_MULTIPLE

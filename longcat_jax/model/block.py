@@ -15,10 +15,11 @@ from longcat_jax.config import ModelConfig, ParallelConfig
 from longcat_jax.model.ffn import FFN
 from longcat_jax.model.mla import MLA, AttentionInput, LatentCache
 from longcat_jax.model.moe import MoE
-from longcat_jax.model.norm import norm_residual
+from longcat_jax.model.norm import add_norm, norm_residual
 from longcat_jax.model.remat import keep
 from longcat_jax.model.router import Routing
 from longcat_jax.parameters import norm_weight
+from pallas_kernels.add_norm import Rows
 
 
 @struct.dataclass
@@ -28,10 +29,8 @@ class BlockOutput:
     routing: Routing
     left_out: jax.Array
     """Selections that found no room on their way to an expert (parallel/expert.py)."""
-    attention: tuple[jax.Array, jax.Array] | tuple[LatentCache, LatentCache]
-    """Both attentions' latents [B, T, U] of these tokens, or their extended caches, of which the
-    second holds what either has written.
-    """
+    latents: tuple[jax.Array, jax.Array]
+    """Both attentions' [B, T, U]."""
 
 
 class Block(nn.Module):
@@ -45,12 +44,9 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         tokens: AttentionInput,
-        cache: LatentCache | None = None,
         router_shift_E: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
-        """[B, T, D] -> ([B, T, D], BlockOutput); the cache is the first attention's, the second's
-        rows follow.
-        """
+        """[B, T, D] -> ([B, T, D], BlockOutput)."""
         c = self.config
 
         def norm(name: str, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,16 +54,55 @@ class Block(nn.Module):
             return norm_residual(x_BTD, weight_D, c.rms_norm_eps)
 
         x_BTD, h_BTD = norm("input_layernorm_0", x_BTD)
-        out, latent_0 = MLA(c, name="self_attn_0")(h_BTD, tokens, cache)
-        if cache is not None:
-            first_row = cache.first_row + x_BTD.shape[0]
-            cache = cache.replace(entries_RSU=latent_0.entries_RSU, first_row=first_row)
+        out, latent_0 = MLA(c, name="self_attn_0")(h_BTD, tokens)
         x_BTD, h_BTD = norm("post_attention_layernorm_0", keep(x_BTD + out))
         moe = MoE(c, self.parallel, name="mlp")
         shortcut, routing, left_out = moe(h_BTD, router_shift_E)
         x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD))
         x_BTD, h_BTD = norm("input_layernorm_1", x_BTD)
-        out, latent_1 = MLA(c, name="self_attn_1")(h_BTD, tokens, cache)
+        out, latent_1 = MLA(c, name="self_attn_1")(h_BTD, tokens)
         x_BTD, h_BTD = norm("post_attention_layernorm_1", keep(x_BTD + out))
         x_BTD += FFN(c, name="mlps_1")(h_BTD)
         return x_BTD + shortcut, BlockOutput(routing, left_out, (latent_0, latent_1))
+
+
+class DecodingBlock(nn.Module):
+    """The same function of the same parameters, over a cache and in few launches: a step of few
+    tokens waits for these and for the weights, which are on their way before they are asked for.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, tokens: AttentionInput, cache: LatentCache
+    ) -> tuple[jax.Array, LatentCache]:
+        """[B, T, D] -> ([B, T, D], what either attention has written); the cache is the first
+        attention's, the second's rows follow.
+        """
+        c, dtype = self.config, x_BTD.dtype
+
+        def norm(name: str, x: jax.Array, terms: jax.Array | None = None) -> tuple:
+            weight = self.param(name, norm_weight(c), (c.hidden_size,)).astype(dtype)
+            return add_norm(Rows(weight, x, terms), eps=c.rms_norm_eps)[0]
+
+        def ahead(module: str, *names: str) -> tuple[jax.Array, ...]:
+            return tuple(self.variables["params"][module][n].astype(dtype) for n in names)
+
+        def attention(i: int, h_BTD: jax.Array, cache: LatentCache) -> tuple:
+            later = ahead(f"mlps_{i}", "gate_proj", "up_proj")
+            mla = MLA(c, name=f"self_attn_{i}")
+            return mla(h_BTD, tokens, cache, ahead=later, summed=False)
+
+        x_BTD, h_BTD = norm("input_layernorm_0", x_BTD)
+        terms_SBTD, cache = attention(0, h_BTD, cache)
+        x_BTD, h_BTD = norm("post_attention_layernorm_0", x_BTD, terms_SBTD)
+        shortcut, *_ = MoE(c, name="mlp")(h_BTD)
+        later = ahead("self_attn_1", "q_a_proj", "kv_a_proj_with_mqa")
+        terms_SBTD = FFN(c, name="mlps_0")(h_BTD, ahead=later, summed=False)
+        x_BTD, h_BTD = norm("input_layernorm_1", x_BTD, terms_SBTD)
+        cache = cache.replace(first_row=cache.first_row + x_BTD.shape[0])
+        terms_SBTD, cache = attention(1, h_BTD, cache)
+        x_BTD, h_BTD = norm("post_attention_layernorm_1", x_BTD, terms_SBTD)
+        x_BTD += FFN(c, name="mlps_1")(h_BTD)
+        return x_BTD + shortcut, cache

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from flax import struct
 
 from longcat_jax.model.remat import keep, keep_if_ample
-from pallas_kernels import gather_rows, gather_sum, grouped_gemm, grouped_swiglu
+from longcat_jax.sharding import several_devices
+from pallas_kernels import (
+    gather_rows,
+    gather_sum,
+    grouped_gemm,
+    grouped_swiglu,
+    skinny_experts,
+)
+from pallas_kernels.skinny_ffn import reads_selected_experts
 
 FEW_SLOTS = 1024
 """So many are put in order by comparing all pairs, and their rows left to XLA's fusions."""
@@ -98,6 +106,9 @@ def real_experts(
         left out of the sum (`permute_by_expert`).
     """
     num_experts, (T, K) = gate_up_XDF.shape[0], experts_TK.shape
+    if num_rows is None and not several_devices() and reads_selected_experts(x_TD, down_XFD):
+        # A decoding step waits for weights and launches: nothing is put in order.
+        return skinny_experts(x_TD, gates_TK, experts_TK, gate_up_XDF, down_XFD)
     most = T * min(K, num_experts)
     num_rows = most if num_rows is None else min(num_rows, most)
     order = permute_by_expert(experts_TK, num_experts, num_rows)

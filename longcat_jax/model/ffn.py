@@ -1,18 +1,24 @@
 """Dense SwiGLU FFN. B batch, T tokens, D model, F ffn width."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
 from longcat_jax.config import ModelConfig
-from longcat_jax.model.dense import dense, products
-from longcat_jax.model.remat import keep
+from longcat_jax.model.dense import dense, swiglu
 from longcat_jax.parameters import matrix
 
 
-def ffn(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """W_down(silu(W_gate x) * W_up x)."""
-    gate, up = map(keep, products(x, gate_DF, up_DF))
-    return dense(jax.nn.silu(gate) * up, down_FD)
+def ffn(
+    x: jax.Array,
+    gate_DF: jax.Array,
+    up_DF: jax.Array,
+    down_FD: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """W_down(silu(W_gate x) * W_up x), with the options of `dense` for the last product."""
+    return dense(swiglu(x, gate_DF, up_DF), down_FD, **options)
 
 
 class FFN(nn.Module):
@@ -21,11 +27,11 @@ class FFN(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x_BTD: jax.Array, **options: Any) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; options of `ffn`."""
         c, dtype = self.config, x_BTD.dtype
         wide = (c.hidden_size, c.ffn_hidden_size)
         gate = self.param("gate_proj", matrix(c, "hidden_size", "embed", None), wide)
         up = self.param("up_proj", matrix(c, "hidden_size", "embed", None), wide)
         down = self.param("down_proj", matrix(c, "ffn_hidden_size", None, "embed"), wide[::-1])
-        return ffn(x_BTD, gate.astype(dtype), up.astype(dtype), down.astype(dtype))
+        return ffn(x_BTD, gate.astype(dtype), up.astype(dtype), down.astype(dtype), **options)

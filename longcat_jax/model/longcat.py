@@ -25,7 +25,12 @@ from longcat_jax.model.mtp import MTPHead
 from longcat_jax.model.norm import rms_norm
 from longcat_jax.model.remat import rematerialised
 from longcat_jax.model.rope import rope_table
-from longcat_jax.model.router import RouterStatistics, router_statistics
+from longcat_jax.model.router import (
+    PARTS,
+    RouterStatistics,
+    product_parts,
+    router_statistics,
+)
 from longcat_jax.parallel.context import natural
 from longcat_jax.parameters import embedding, matrix, norm_weight, scale_variance, stack_layers
 from longcat_jax.sharding import axis_size, constrain_activations, without_mesh
@@ -140,6 +145,16 @@ def working_params(params: Params, config: ModelConfig) -> Params:
     return {**cast, "layers": working_layers(params, config)}
 
 
+def decoding_params(params: Params, config: ModelConfig) -> Params:
+    """`working_params`, with what a router's product makes of its weights."""
+    working = working_params(params, config)
+    layers, mlp = working["layers"], working["layers"]["mlp"]
+    router = mlp["router"]
+    if config.dtype == "bfloat16" and router["classifier"].dtype == jnp.float32:
+        router = {**router, PARTS: product_parts(router["classifier"])}
+    return {**working, "layers": {**layers, "mlp": {**mlp, "router": router}}}
+
+
 def trunk(
     params: Params,
     config: ModelConfig,
@@ -169,9 +184,9 @@ def trunk(
 
     def layer(x_BTD: jax.Array, scanned: tuple) -> tuple:
         weights, shift_E = scanned
-        x_BTD, out = block.apply({"params": weights}, x_BTD, tokens, None, shift_E)
+        x_BTD, out = block.apply({"params": weights}, x_BTD, tokens, shift_E)
         statistics = router_statistics(out.routing, valid_BT, config=c, groups=balance_groups)
-        return constrain_activations(x_BTD), (statistics, out.left_out, out.attention)
+        return constrain_activations(x_BTD), (statistics, out.left_out, out.latents)
 
     x_BTD = embed(params["embed_tokens"], sequence.tokens_BT, jnp.dtype(c.dtype))
     x_BTD, (routers, left_out_L, latents) = jax.lax.scan(

@@ -9,6 +9,7 @@ rank, N nope dim, P rope dim, V value dim, U = C + P the cached width.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,13 +19,21 @@ from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
 from longcat_jax.model.dense import dense, products
-from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.norm import add_norm, rms_norm
 from longcat_jax.model.remat import keep, keep_if_ample
 from longcat_jax.model.rope import RopeTable, attention_scale, rotate, rotate_last
 from longcat_jax.parallel.context import attend_in_place, gather_row
 from longcat_jax.parameters import matrix, norm_weight
-from longcat_jax.sharding import BATCH_AXES, DENSE, TOKENS, gather_weight, on_shards
-from pallas_kernels import flash_mla, mla_decode
+from longcat_jax.sharding import (
+    BATCH_AXES,
+    DENSE,
+    TOKENS,
+    gather_weight,
+    on_shards,
+    several_devices,
+)
+from pallas_kernels import absorb_query, expand_values, flash_mla, mla_decode
+from pallas_kernels.add_norm import Rows
 
 
 @struct.dataclass
@@ -44,38 +53,35 @@ class AttentionInput:
 class LatentCache:
     """One attention's cache: B rows of all that the attentions of a model hold together.
 
-    They are passed on together, written in place and read where they are: a slice for every
-    attention would be copied out and back in every step.
+    They are passed on together, written in place and read where they are: kernels take slices by
+    their address.
     """
 
     entries_RSU: jax.Array
     """Normed and scaled latent, then the rotated rope key."""
     lengths_B: jax.Array
-    """Entries in use, the tokens of this call included once they are written."""
+    """Entries in use, int32, the tokens of this call included."""
     first_row: jax.Array | int = 0
     """This attention's row b is row first_row + b."""
 
-    @property
-    def rows_B(self) -> jax.Array:
-        """This attention's rows."""
-        return self.first_row + jnp.arange(self.lengths_B.shape[0], dtype=jnp.int32)
-
 
 def _write(cache: LatentCache, latent_BTU: jax.Array) -> LatentCache:
-    """Appends T entries to every row."""
+    """Writes every row's last T entries."""
     T, entries_RSU = latent_BTU.shape[1], cache.entries_RSU
-    places_BT = cache.lengths_B[:, None] + jnp.arange(T, dtype=cache.lengths_B.dtype)[None]
-    rows_BT = jnp.broadcast_to(cache.rows_B[:, None], places_BT.shape)
+    places_BT = cache.lengths_B[:, None] + jnp.arange(-T, 0, dtype=cache.lengths_B.dtype)[None]
+    rows_B = cache.first_row + jnp.arange(places_BT.shape[0], dtype=jnp.int32)
+    rows_BT = jnp.broadcast_to(rows_B[:, None], places_BT.shape)
     entries_RSU = entries_RSU.at[rows_BT, places_BT].set(
         latent_BTU.astype(entries_RSU.dtype), unique_indices=True
     )
-    return cache.replace(entries_RSU=entries_RSU, lengths_B=cache.lengths_B + T)
+    return cache.replace(entries_RSU=entries_RSU)
 
 
 def _query(config: ModelConfig, low_BTQ: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
-    """Queries [B, T, H, N + P], nope part first, the rope part rotated; not scaled."""
+    """Queries [B, T, H, N + P] of the normed latent, nope part first, the rope part rotated; not
+    scaled.
+    """
     c, (B, T, _) = config, low_BTQ.shape
-    low_BTQ = rms_norm(low_BTQ, weights["q_a_layernorm"], c.mla_norm_eps)
     q = dense(low_BTQ, weights["q_b_proj"]).reshape(B, T, c.num_attention_heads, c.qk_head_dim)
     return rotate_last(q, rope)
 
@@ -85,15 +91,15 @@ def _scale(config: ModelConfig) -> float:
     return attention_scale(config) * (config.hidden_size / config.q_lora_rank) ** 0.5
 
 
-def _latent(config: ModelConfig, low_BTU: jax.Array, weights: dict, rope: RopeTable) -> jax.Array:
-    """What a cache holds of each token [B, T, U]; the rope key is shared by all heads and not
-    scaled.
+def _latent(
+    config: ModelConfig, low_BTC: jax.Array, k_rope_BTP: jax.Array, rope: RopeTable
+) -> jax.Array:
+    """What a cache holds of each token [B, T, U], of the normed latent; the rope key is shared by
+    all heads and not scaled.
     """
-    c = config
-    latent = rms_norm(low_BTU[..., : c.kv_lora_rank], weights["kv_a_layernorm"], c.mla_norm_eps)
-    latent = latent * (c.hidden_size / c.kv_lora_rank) ** 0.5  # scale correction, alpha_kv
-    k_rope = rotate(low_BTU[..., None, c.kv_lora_rank :], rope)[:, :, 0]
-    return jnp.concatenate([latent, k_rope], axis=-1)
+    low_BTC = low_BTC * (config.hidden_size / config.kv_lora_rank) ** 0.5  # alpha_kv
+    k_rope_BTP = rotate(k_rope_BTP[:, :, None], rope)[:, :, 0]
+    return jnp.concatenate([low_BTC, k_rope_BTP], axis=-1)
 
 
 def _up_projections(config: ModelConfig, kv_b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +146,12 @@ def expanded(
     # One product, and so is its gradient to x.
     down = jnp.concatenate([weights["q_a_proj"], weights["kv_a_proj_with_mqa"]], axis=1)
     low_BTQ, low_BTU = jnp.split(keep(x_BTD @ down), [c.q_lora_rank], axis=-1)
-    latent_BTU = _latent(c, low_BTU, weights, tokens.rope)
+    low_BTC, k_rope_BTP = jnp.split(low_BTU, [c.kv_lora_rank], axis=-1)
+    low_BTQ, low_BTC = (
+        rms_norm(low, weights[name], c.mla_norm_eps)
+        for low, name in ((low_BTQ, "q_a_layernorm"), (low_BTC, "kv_a_layernorm"))
+    )
+    latent_BTU = _latent(c, low_BTC, k_rope_BTP, tokens.rope)
     q_BTHQ = keep(_query(c, low_BTQ, weights, tokens.rope))
     on_device = on_shards(
         functools.partial(_attend, c), (TOKENS, TOKENS, P(DENSE), P(BATCH_AXES)), TOKENS
@@ -155,25 +166,62 @@ def absorbed(
     weights: dict,
     tokens: AttentionInput,
     cache: LatentCache,
+    ahead: tuple[jax.Array, ...] = (),
+    summed: bool = True,
 ) -> tuple[jax.Array, LatentCache]:
-    """Appends the T tokens to the cache and attends over it -> (output [B, T, D], cache)."""
+    """Writes the T tokens to the cache and attends over it.
+
+    Args:
+      config: architecture.
+      x_BTD: activations.
+      weights: of the attention.
+      tokens: positions.
+      cache: with these tokens' room.
+      ahead: weights that are read next.
+      summed: False: not the output, but its terms.
+
+    Returns:
+      output [B, T, D] or terms [S, B, T, D], and the cache.
+    """
     c, (B, T, _) = config, x_BTD.shape
-    low_BTQ, low_BTU = products(x_BTD, weights["q_a_proj"], weights["kv_a_proj_with_mqa"])
-    cache = _write(cache, _latent(c, low_BTU, weights, tokens.rope))
-    q_BTHQ = _query(c, low_BTQ, weights, tokens.rope)
-    q_nope, q_rope = jnp.split(q_BTHQ, [c.qk_nope_head_dim], axis=-1)
-    w_uk_CHN, w_uv_CHV = _up_projections(c, weights["kv_b_proj"])
-    q_BTHU = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, w_uk_CHN), q_rope], axis=-1)
+    down, up = ("q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj", "kv_b_proj")
+    # Between its products attention is many small kernels: memory works ahead.
+    later = tuple(weights[name] for name in up)
+    low_SBTQ, low_SBTU = products(
+        x_BTD, *(weights[name] for name in down), ahead=later, summed=False
+    )
+    (_, low_BTQ), (_, low_BTC) = add_norm(
+        Rows(weights["q_a_layernorm"], terms_SMN=low_SBTQ),
+        Rows(weights["kv_a_layernorm"], terms_SMN=low_SBTU),
+        eps=c.mla_norm_eps,
+    )
+    k_rope_BTP = low_SBTU[..., c.kv_lora_rank :].sum(0).astype(x_BTD.dtype)
+    cache = _write(cache, _latent(c, low_BTC, k_rope_BTP, tokens.rope))
+    later = (weights["o_proj"],)
+    (terms_SBTX,) = products(low_BTQ, weights["q_b_proj"], ahead=later, summed=False)
+    kv_b_CHY = weights["kv_b_proj"].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
+    plain = "reference" if several_devices() else None  # XLA can't cut a kernel's rows
+    q_MHU = absorb_query(
+        terms_SBTX.reshape(len(terms_SBTX), B * T, -1),
+        kv_b_CHY,
+        *(table_BTI.reshape(B * T, -1) for table_BTI in (tokens.rope.cos_BTI, tokens.rope.sin_BTI)),
+        implementation=plain,
+    )
     out_BTHC = mla_decode(
-        q_BTHU,
-        cache.entries_RSU,
+        q_MHU.reshape(B, T, *q_MHU.shape[1:]),
+        jax.lax.dynamic_slice_in_dim(cache.entries_RSU, cache.first_row, B),
         cache.lengths_B,
         scale=_scale(c),
         value_dim=c.kv_lora_rank,
-        block_tables_BP=cache.rows_B[:, None],
     )
-    out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHC, w_uv_CHV)
-    return dense(out_BTHV.reshape(B, T, -1), weights["o_proj"]), cache
+    out_BTHV = expand_values(
+        out_BTHC.reshape(B * T, *out_BTHC.shape[2:]),
+        kv_b_CHY,
+        value_dim=c.v_head_dim,
+        implementation=plain,
+    )
+    out_BTX = out_BTHV.reshape(B, T, -1)
+    return dense(out_BTX, weights["o_proj"], ahead=ahead, summed=summed), cache
 
 
 class MLA(nn.Module):
@@ -183,9 +231,15 @@ class MLA(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, tokens: AttentionInput, cache: LatentCache | None = None
+        self,
+        x_BTD: jax.Array,
+        tokens: AttentionInput,
+        cache: LatentCache | None = None,
+        **options: Any,
     ) -> tuple[jax.Array, jax.Array | LatentCache]:
-        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache)."""
+        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache); options of
+        `absorbed` where there is a cache.
+        """
         c = self.config
         D, Q, C, U, H = (
             c.hidden_size,
@@ -214,4 +268,4 @@ class MLA(nn.Module):
         weights = {name: w.astype(x_BTD.dtype) for name, w in weights.items()}
         if cache is None:
             return expanded(c, x_BTD, weights, tokens)
-        return absorbed(c, x_BTD, weights, tokens, cache)
+        return absorbed(c, x_BTD, weights, tokens, cache, **options)

@@ -1,10 +1,11 @@
-"""RMSNorm. B batch, T tokens, D the normalised dim."""
+"""RMSNorm. B batch, T tokens, S terms, D the normalised dim."""
 
 import jax
 from jax.sharding import PartitionSpec as P
 
-from longcat_jax.sharding import TOKENS, on_shards
-from pallas_kernels import rms_norm as norm_rows
+import pallas_kernels
+from longcat_jax.sharding import TOKENS, on_shards, several_devices
+from pallas_kernels.add_norm import Rows
 from pallas_kernels.rms_norm import reference
 
 
@@ -19,7 +20,30 @@ def norm_residual(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> tuple[ja
     """
 
     def on_device(x_BTD: jax.Array, weight_D: jax.Array) -> tuple[jax.Array, jax.Array]:
-        passed_RD, normed_RD = norm_rows(x_BTD.reshape(-1, x_BTD.shape[-1]), weight_D, eps)
+        passed_RD, normed_RD = pallas_kernels.rms_norm(
+            x_BTD.reshape(-1, x_BTD.shape[-1]), weight_D, eps
+        )
         return passed_RD.reshape(x_BTD.shape), normed_RD.reshape(x_BTD.shape)
 
     return on_shards(on_device, (TOKENS, P()), (TOKENS, TOKENS))(x_BTD, weight_D)
+
+
+def add_norm(*several: Rows, eps: float) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """(base + sum of terms, its RMSNorm) of each, in one launch of a decoding step.
+
+    Args:
+      *several: with bases [B, T, D] and terms [S, B, T, N] in place of rows.
+      eps: of `rms_norm`.
+    """
+    base, terms = several[0].base_MD, several[0].terms_SMN
+    lead = (terms[0] if base is None else base).shape[:-1]
+
+    def flat(rows: Rows) -> Rows:
+        weight, base, terms = rows
+        base = None if base is None else base.reshape(-1, base.shape[-1])
+        terms = None if terms is None else terms.reshape(len(terms), -1, terms.shape[-1])
+        return Rows(weight, base, terms)
+
+    plain = "reference" if several_devices() else None  # XLA can't cut a kernel's rows
+    results = pallas_kernels.add_norm(*map(flat, several), eps=eps, implementation=plain)
+    return jax.tree.map(lambda x_MD: x_MD.reshape(*lead, x_MD.shape[1]), results)

@@ -15,10 +15,13 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from longcat_jax.config import ModelConfig
+from longcat_jax.model.dense import dense
 from longcat_jax.model.remat import keep
 from longcat_jax.parameters import router_bias, router_matrix
 from longcat_jax.sharding import TOKENS, on_shards
 
+PARTS = "classifier_parts"
+"""`product_parts` of the classifier, where they stand beside it, made once for many steps."""
 FEW_TOKENS = 64
 """So many select by comparing all pairs of experts."""
 
@@ -58,6 +61,15 @@ def _bfloat16_parts(x: jax.Array, count: int) -> list[jax.Array]:
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
     return parts
+
+
+def product_parts(w_DE: jax.Array) -> jax.Array:
+    """The three bfloat16 parts of float32 weights [..., E] side by side, and zeros up to a width
+    that `skinny_gemm` takes.
+    """
+    parts = jnp.concatenate(_bfloat16_parts(w_DE, 3), axis=-1)
+    missing = -parts.shape[-1] % 64
+    return jnp.pad(parts, [(0, 0)] * (parts.ndim - 1) + [(0, missing)])
 
 
 def _sum_of_parts(x: jax.Array) -> jax.Array:
@@ -218,7 +230,13 @@ class Router(nn.Module):
         E = c.num_router_outputs
         w_DE = self.param("classifier", router_matrix(c, "embed", None), (c.hidden_size, E))
         bias_E = self.param("e_score_correction_bias", router_bias(c), (E,))
-        p_BTE = jax.nn.softmax(keep(_product(x_BTD, w_DE)), axis=-1)
+        if self.has_variable("params", PARTS):
+            parts = self.get_variable("params", PARTS)
+            product = dense(x_BTD, parts, out_dtype=jnp.float32)
+            logits_BTE = _sum_of_parts(product[..., : 3 * E])
+        else:
+            logits_BTE = _product(x_BTD, w_DE)
+        p_BTE = jax.nn.softmax(keep(logits_BTE), axis=-1)
         if shift_E is not None:
             p_BTE = p_BTE + shift_E[None, None]
 

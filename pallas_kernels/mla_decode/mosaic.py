@@ -3,7 +3,7 @@
 A CTA owns up to 64 rows (a row is a head of a query token) and one split of a sequence's cache. One
 warpgroup loads, one computes the scores, their softmax and the left part of the value columns, one
 the rest: 64 x 512 sums don't fit into the registers of one. Splits are a function of shapes only,
-and XLA joins them in fixed order. That the latent serves both products from one tile in shared
+and are joined in fixed order. That the latent serves both products from one tile in shared
 memory, and the parts, are ideas of FlashMLA (github.com/deepseek-ai/FlashMLA).
 
 B batch, T new tokens, H heads, R rows (T * H, padded), S cache entries, U cache width, C latent
@@ -31,6 +31,7 @@ PIECE = 256  # the most columns of one product
 SHARED_MEMORY = 232448 - 2048  # bytes of a CTA, less the small buffers and barriers
 MIN_SPLIT, MAX_SPLIT = 256, 4096  # cache entries
 FEW_SPLITS = 16  # so many may be shorter: a short cache waits for steps, not for memory
+JOINED, JOINED_COLUMNS = 10, 16  # splits that a CTA joins at once, and of how many columns
 LOWEST = -1e30  # below any score, yet finite: a row may see nothing of its split
 LOG2_E = math.log2(math.e)
 
@@ -285,18 +286,74 @@ def _kernel(
         )
 
 
+def _join_kernel(
+    out: Any, stats: Any, lengths_B: Any, joined: Any, buffer: Any, *, split: int
+) -> None:
+    batch, row, column = (lax.axis_index(axis) for axis in ("batch", "rows", "columns"))
+    rows = pl.ds(pl.multiple_of(row * TILE, TILE), TILE)
+    columns = pl.ds(pl.multiple_of(column * JOINED_COLUMNS, JOINED_COLUMNS), JOINED_COLUMNS)
+    layout, splits, length = plgpu.Layout.WGMMA, out.shape[1], lengths_B[batch]
+    group = min(splits, JOINED)
+    # What lies past the length was never written: the last one before is read again, for nothing.
+    used = jnp.minimum(lax.div(length + (split - 1), jnp.int32(split)), splits)
+
+    def read(ref: Any, layout: Any) -> jax.Array:
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, sums = carry
+        # Without a branch, so that all of the group is on its way at once.
+        numbers = [i * group + k for k in range(group)]
+        places = [(batch, jnp.minimum(n, used - 1)) for n in numbers]
+        tops, totals = (
+            [read(stats.at[*place, j, rows], layout.reduce(1)) for place in places]
+            for j in range(2)
+        )
+        parts = [read(out.at[*place, rows, columns], layout) for place in places]
+        new_top = functools.reduce(jnp.maximum, tops, top)
+        factor = jnp.exp2(top - new_top)
+        total, sums = total * factor, _rescaled(sums, factor)
+        for n, part_top, part_total, part in zip(numbers, tops, totals, parts, strict=True):
+            weight = jnp.exp2(part_top - new_top) * jnp.where(n < used, 1.0, 0.0)
+            total, sums = total + weight * part_total, sums + _rescaled(part, weight)
+        return new_top, total, sums
+
+    def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+        return plgpu.layout_cast(jnp.full(shape, value + (length * 0).astype(jnp.float32)), layout)
+
+    top, total = (full((TILE,), value, layout.reduce(1)) for value in (LOWEST, 0.0))
+    carry = top, total, full((TILE, JOINED_COLUMNS), 0.0, layout)
+    groups = lax.div(used + (group - 1), jnp.int32(group))
+    _, total, sums = lax.fori_loop(0, groups, add, carry)
+    scale = 1 / jnp.where(total == 0, jnp.ones_like(total), total)
+    buffer[...] = _rescaled(sums, scale).astype(buffer.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, joined.at[batch, rows, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _join(
-    out_BNRC: jax.Array, stats_BN2R: jax.Array, lengths_B: jax.Array, split: int
+    out_BNRC: jax.Array,
+    stats_BN2R: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    cut: Plan,
+    dtype: Any,
 ) -> jax.Array:
-    """Adds the splits, each relative to its own top score -> [B, R, C]."""
-    start_N = jnp.arange(out_BNRC.shape[1], dtype=lengths_B.dtype) * split
-    used_BN1 = (start_N[None] < lengths_B[:, None])[:, :, None]
-    # What lies past the length was never written.
-    top_BNR = jnp.where(used_BN1, stats_BN2R[:, :, 0], LOWEST)
-    weight_BNR = jnp.exp2(top_BNR - top_BNR.max(axis=1, keepdims=True))
-    total_BR = jnp.sum(jnp.where(used_BN1, weight_BNR * stats_BN2R[:, :, 1], 0), axis=1)
-    sums_BNRC = jnp.where(used_BN1[..., None], out_BNRC * weight_BNR[..., None], 0)
-    return sums_BNRC.sum(axis=1) / jnp.where(total_BR == 0, 1, total_BR)[..., None]
+    """Adds the splits, each relative to its own top score -> [B, T * H, C]."""
+    batch, _, padded, columns = out_BNRC.shape
+    swizzle = JOINED_COLUMNS * jnp.dtype(dtype).itemsize
+    transforms = plgpu.TilingTransform((8, JOINED_COLUMNS)), plgpu.SwizzleTransform(swizzle)
+    joined_BRC = plgpu.kernel(
+        functools.partial(_join_kernel, split=cut.split),
+        out_type=jax.ShapeDtypeStruct((batch, cut.tokens * cut.heads, columns), dtype),
+        scratch_types=(plgpu.SMEM((TILE, JOINED_COLUMNS), dtype, transforms=transforms),),
+        grid=(columns // JOINED_COLUMNS, padded // TILE, batch),
+        grid_names=("columns", "rows", "batch"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="mla_decode_join",
+    )(out_BNRC, stats_BN2R, lengths_B)
+    return _common.vary(joined_BRC, _common.varying_axes(out_BNRC, lengths_B))
 
 
 def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) -> Plan:
@@ -328,8 +385,7 @@ def attend(
     """
     batch, tokens, heads, width = q_BTHU.shape
     rows = -(-tokens * heads // TILE) * TILE
-    q_BRU = q_BTHU.reshape(batch, tokens * heads, width)
-    q_BRU = jnp.pad(q_BRU, ((0, 0), (0, rows - tokens * heads), (0, 0)))
+    q_BRU = q_BTHU.reshape(batch, tokens * heads, width)  # rows past them are loaded as zeros
     splits = -(-cache.capacity // cut.split)
     parts = plgpu.kernel(
         functools.partial(_kernel, plan=cut, scale=scale),
@@ -365,5 +421,5 @@ def mla_decode(
     cache = Cache(entries, lengths_B, *(t.astype(jnp.int32) for t in tables))
     cut = plan(q_BTHU.shape, cache.capacity, value_dim, q_BTHU.dtype.itemsize)
     parts = attend(q_BTHU, cache, scale=scale, cut=cut)
-    out_BRC = _join(*parts, lengths_B, cut.split)[:, : tokens * heads]
-    return out_BRC.reshape(batch, tokens, heads, value_dim).astype(q_BTHU.dtype)
+    out_BRC = _join(*parts, lengths_B, cut=cut, dtype=q_BTHU.dtype)
+    return out_BRC.reshape(batch, tokens, heads, value_dim)

@@ -25,10 +25,11 @@ def _mosaic(*operands: jax.Array, **options: Any) -> jax.Array:
 
 def _mosaic_misfit(x_MK: jax.Array, *matrices: jax.Array) -> str:
     (rows, contracted), widths = x_MK.shape, [w_KN.shape[1] for w_KN in matrices]
+    sizes = (contracted, *(n for w_KN in matrices for n in w_KN.shape))
     if (
         x_MK.dtype in _MOSAIC_DTYPES
         and 0 < rows <= MAX_ROWS
-        and all(n > 0 and n % _MOSAIC_MULTIPLE == 0 for n in (contracted, *widths))
+        and all(n > 0 and n % _MOSAIC_MULTIPLE == 0 for n in sizes)
     ):
         return ""
     return (
@@ -46,7 +47,9 @@ _IMPLEMENTATIONS = {
 def skinny_gemm(
     x_MK: jax.Array,
     *matrices: jax.Array,
+    ahead: tuple[jax.Array, ...] = (),
     out_dtype: Any = None,
+    summed: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """x w of one matrix or more, in one launch; summed in float32 at least.
@@ -54,22 +57,27 @@ def skinny_gemm(
     Args:
       x_MK: few rows; for many, this is no better than any product.
       *matrices: w_KN, each with its own N.
+      ahead: matrices that a later launch reads. The kernel starts their way from memory into L2
+        when its own are read, for memory to work while small kernels run; results don't change.
       out_dtype: of the results; None: that of the operands.
+      summed: False: the results' terms, in float32 at least, for `add_norm`. How many they are is a
+        function of shapes and the implementation. They have a gradient only in the reference.
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes, 1 to 64 rows and K and N that
         are multiples of 64; None for "mosaic" where it runs and "reference" elsewhere. The gradient
         is the reference's.
 
     Returns:
-      [M, N] for every matrix.
+      [M, N] for every matrix, or terms [S, M, N].
 
     Raises:
       ValueError: shapes or dtypes don't fit, or the implementation is not available.
     """
     name = "skinny_gemm"
     named = {f"matrices[{i}]": w_KN for i, w_KN in enumerate(matrices)}
+    later = {f"ahead[{i}]": w_KN for i, w_KN in enumerate(ahead)}
     _common.require(bool(matrices), f"{name}: no matrix given")
-    _common.require_rank(name, 2, x_MK=x_MK, **named)
-    _common.require_float(name, x_MK=x_MK, **named)
+    _common.require_rank(name, 2, x_MK=x_MK, **named, **later)
+    _common.require_float(name, x_MK=x_MK, **named, **later)
     for key, w_KN in named.items():
         _common.require(
             x_MK.shape[1] == w_KN.shape[0],
@@ -79,6 +87,6 @@ def skinny_gemm(
     _common.require(
         jnp.issubdtype(out_dtype, jnp.floating), f"{name}: out_dtype is {out_dtype}, not a float"
     )
-    run = _common.choose(name, implementation, _IMPLEMENTATIONS, x_MK, *matrices)
+    run = _common.choose(name, implementation, _IMPLEMENTATIONS, x_MK, *matrices, *ahead)
     x_MK, *matrices = _common.vary_together(x_MK, *matrices)
-    return run(x_MK, tuple(matrices), out_dtype=out_dtype)
+    return run(x_MK, tuple(matrices), ahead=tuple(ahead), out_dtype=out_dtype, summed=summed)

@@ -5,10 +5,11 @@ loads both operands into a ring of stages, multiplies with all 64 rows that a wg
 M hold anything and go nowhere), and stores its sums in float32. XLA adds the splits in fixed order,
 within whatever reads the result.
 
-M rows, padded to a multiple of 8; K contracted; N columns; S splits.
+M rows; K contracted; N columns; S splits.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from pallas_kernels.skinny_gemm import reference
 ROWS = 64  # of a wgmma
 ROW_MULTIPLE = 8  # rows of a tile of swizzled shared memory
 PIECE = 64  # columns of a CTA, and entries of a step: a swizzled row of 16-bit numbers
+AHEAD_COLUMNS = 256, 128, 64  # of a copy into L2: the most that divide a matrix
 STAGES = 6  # steps in shared memory: two CTAs fit into an SM
 
 
@@ -45,43 +47,91 @@ def _buffer_types(dtype: Any) -> Buffers:
     )
 
 
+def row_window(rows: int) -> Any:
+    """Slice of all rows in whole tiles; what a copy finds past the last one is zero, and is not
+    stored.
+    """
+    # Not a literal: where a slice ends is only checked of those.
+    first = pl.multiple_of(lax.axis_index("cta") * 0, ROW_MULTIPLE)
+    return pl.ds(first, -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE)
+
+
+def stream(
+    steps: Any, full: Any, load: Callable[..., None], multiply: Callable[..., None], products: int
+) -> None:
+    """multiply(stage) for every step, as load(step, stage) has filled it.
+
+    Args:
+      steps: how many; an int or traced.
+      full: barriers by stage.
+      load: starts a step's copies.
+      multiply: starts a step's products.
+      products: how many that are.
+    """
+    stages = full.shape[0]
+    for i in range(stages):
+        pl.when(i < steps)(functools.partial(load, jnp.int32(i), jnp.int32(i)))
+
+    def step(i: jax.Array, _: None) -> None:
+        stage = lax.rem(i, jnp.int32(stages))
+        plgpu.barrier_wait(full.at[stage])
+        multiply(stage)
+
+        @pl.when((i > 0) & (i - 1 + stages < steps))
+        def _() -> None:
+            plgpu.wgmma_wait(products)
+            plgpu.commit_smem()  # all warps are done with the step before
+            load(i - 1 + stages, lax.rem(i - 1, jnp.int32(stages)))
+
+    lax.fori_loop(jnp.int32(0), jnp.asarray(steps, jnp.int32), step, None)
+
+
 def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array) -> None:
     """One CTA's columns and split of x w."""
     split, tile = _mosaic.divmod_by(cta, w.shape[1] // PIECE)
-    columns, rows = pl.ds(pl.multiple_of(tile * PIECE, PIECE), PIECE), pl.ds(0, x.shape[0])
+    columns, rows = pl.ds(pl.multiple_of(tile * PIECE, PIECE), PIECE), row_window(x.shape[0])
+    in_use = pl.ds(0, rows.size)
 
-    def load(i: jax.Array) -> None:
-        stage = lax.rem(i, jnp.int32(STAGES))
+    def load(i: jax.Array, stage: jax.Array) -> None:
         part = pl.ds(pl.multiple_of((split * steps + i) * PIECE, PIECE), PIECE)
         full = buffers.full.at[stage]
         plgpu.copy_gmem_to_smem(w.at[part, columns], buffers.w.at[stage], full)
-        plgpu.copy_gmem_to_smem(x.at[:, part], buffers.x.at[stage, rows], full)
-
-    for i in range(min(STAGES, steps)):
-        load(jnp.int32(i))
+        plgpu.copy_gmem_to_smem(x.at[rows, part], buffers.x.at[stage, in_use], full)
 
     def multiply(sums: Any) -> jax.Array:
-        def step(i: jax.Array, _: None) -> None:
-            stage = lax.rem(i, jnp.int32(STAGES))
-            plgpu.barrier_wait(buffers.full.at[stage])
+        def product(stage: jax.Array) -> None:
             plgpu.wgmma(sums, buffers.x.at[stage], buffers.w.at[stage])
 
-            @pl.when((i > 0) & (i - 1 + STAGES < steps))
-            def _() -> None:
-                plgpu.wgmma_wait(1)
-                plgpu.commit_smem()  # all warps are done with the step before
-                load(i - 1 + STAGES)
-
-        lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, None)
+        stream(steps, buffers.full, load, product, 1)
         return sums[...]
 
     buffers.sums[...] = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffers.sums.at[rows], out.at[split, :, columns])
+    plgpu.copy_smem_to_gmem(buffers.sums.at[in_use], out.at[split, rows, columns])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(x: Any, matrices: Any, *results: Any, steps: int) -> None:
+def _send_ahead(matrices: Any, cta: jax.Array, ctas: int) -> None:
+    """Starts this CTA's share of the copies into L2; nobody waits for them."""
+    for matrix in matrices:
+        rows, columns = matrix.shape
+        width = next(w for w in AHEAD_COLUMNS if columns % w == 0)
+        count = (rows // PIECE) * (columns // width)
+
+        def copy(i: jax.Array, _: None, matrix: Any = matrix, width: int = width) -> None:
+            row, column = _mosaic.divmod_by(cta + i * ctas, matrix.shape[1] // width)
+            plgpu.async_prefetch(
+                matrix.at[
+                    pl.ds(pl.multiple_of(row * PIECE, PIECE), PIECE),
+                    pl.ds(pl.multiple_of(column * width, width), width),
+                ]
+            )
+
+        mine = lax.div(count - cta + (ctas - 1), jnp.int32(ctas))
+        lax.fori_loop(jnp.int32(0), mine, copy, None)
+
+
+def _kernel(x: Any, matrices: Any, ahead: Any, *results: Any, steps: int, ctas: int) -> None:
     *outs, buffers = results
     cta, first = lax.axis_index("cta"), 0
     for w, out in zip(matrices, outs, strict=True):
@@ -89,6 +139,7 @@ def _kernel(x: Any, matrices: Any, *results: Any, steps: int) -> None:
         run = functools.partial(_part, x, w, out, buffers, steps, cta - first)
         pl.when((cta >= first) & (cta < last))(run)
         first = last
+    _send_ahead(ahead, cta, ctas)
 
 
 def splits(contracted: int, columns: int) -> int:
@@ -108,40 +159,44 @@ def splits(contracted: int, columns: int) -> int:
 Matrices = tuple[jax.Array, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _products(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> Matrices:
+def _terms(x_MK: jax.Array, matrices: Matrices, ahead: Matrices) -> Matrices:
     rows, contracted = x_MK.shape
-    x_MK = jnp.pad(x_MK, ((0, -rows % ROW_MULTIPLE), (0, 0)))
     widths = [w_KN.shape[1] for w_KN in matrices]
     parts = splits(contracted, sum(widths))
-    sums = plgpu.kernel(
-        functools.partial(_kernel, steps=contracted // PIECE // parts),
-        out_type=tuple(
-            jax.ShapeDtypeStruct((parts, x_MK.shape[0], width), jnp.float32) for width in widths
-        ),
+    ctas = parts * sum(widths) // PIECE
+    terms = plgpu.kernel(
+        functools.partial(_kernel, steps=contracted // PIECE // parts, ctas=ctas),
+        out_type=tuple(jax.ShapeDtypeStruct((parts, rows, width), jnp.float32) for width in widths),
         scratch_types=(_buffer_types(x_MK.dtype),),
-        grid=(parts * sum(widths) // PIECE,),
+        grid=(ctas,),
         grid_names=("cta",),
         kernel_name="skinny_gemm",
-    )(x_MK, matrices)
+    )(x_MK, matrices, ahead)
     axes = _common.varying_axes(x_MK, *matrices)
-    return tuple(
-        _common.vary(sums_SMN, axes)[:, :rows].sum(axis=0).astype(out_dtype) for sums_SMN in sums
-    )
+    return tuple(_common.vary(terms_SMN, axes) for terms_SMN in terms)
 
 
-def _forward(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> tuple[Matrices, Any]:
-    return _products(x_MK, matrices, out_dtype), (x_MK, matrices)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _products(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> Matrices:
+    return tuple(x_SMN.sum(axis=0).astype(out_dtype) for x_SMN in _terms(x_MK, matrices, ahead))
 
 
-def _backward(out_dtype: Any, residuals: Any, douts: Matrices) -> tuple[jax.Array, Matrices]:
-    plain = functools.partial(reference.skinny_gemm, out_dtype=out_dtype)
-    return jax.vjp(plain, *residuals)[1](douts)
+def _forward(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> tuple:
+    return _products(x_MK, matrices, ahead, out_dtype), (x_MK, matrices)
+
+
+def _backward(out_dtype: Any, residuals: Any, douts: Matrices) -> tuple:
+    plain = functools.partial(reference.skinny_gemm, ahead=(), out_dtype=out_dtype, summed=True)
+    return *jax.vjp(plain, *residuals)[1](douts), None
 
 
 _products.defvjp(_forward, _backward)
 
 
-def skinny_gemm(x_MK: jax.Array, matrices: Matrices, *, out_dtype: Any) -> Matrices:
+def skinny_gemm(
+    x_MK: jax.Array, matrices: Matrices, *, ahead: Matrices, out_dtype: Any, summed: bool
+) -> Matrices:
     """The public operator, arguments already checked."""
-    return _products(x_MK, matrices, out_dtype)
+    if not summed:
+        return _terms(x_MK, matrices, ahead)
+    return _products(x_MK, matrices, ahead, out_dtype)

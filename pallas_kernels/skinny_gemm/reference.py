@@ -9,9 +9,15 @@ from pallas_kernels._common import accumulation_dtype
 
 
 def skinny_gemm(
-    x_MK: jax.Array, matrices: tuple[jax.Array, ...], *, out_dtype: Any
+    x_MK: jax.Array,
+    matrices: tuple[jax.Array, ...],
+    *,
+    ahead: tuple[jax.Array, ...],
+    out_dtype: Any,
+    summed: bool,
 ) -> tuple[jax.Array, ...]:
-    """x w of every matrix, rounded once."""
+    """x w of every matrix, rounded once, or as a single term."""
+    del ahead
     wide = accumulation_dtype(x_MK.dtype)
-    products = (jnp.matmul(x_MK, w_KN, preferred_element_type=wide) for w_KN in matrices)
-    return tuple(product.astype(out_dtype) for product in products)
+    products = tuple(jnp.matmul(x_MK, w_KN, preferred_element_type=wide) for w_KN in matrices)
+    return tuple(product.astype(out_dtype) if summed else product[None] for product in products)

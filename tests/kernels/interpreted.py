@@ -35,6 +35,9 @@ from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.mla_decode import mosaic as decode_mosaic
 from tests.kernels import (
     helpers,
+    interpreted_add_norm,
+    interpreted_ffn,
+    interpreted_heads,
     interpreted_norm,
     interpreted_skinny,
     interpreted_swiglu,
@@ -267,6 +270,15 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         f"skinny {name}": lambda case=case: interpreted_skinny.skinny(case, "mosaic")
         for name, case in interpreted_skinny.CASES.items()
     },
+    **{
+        f"ffn {name}": lambda case=case: interpreted_ffn.ffn(case, "mosaic")
+        for name, case in interpreted_ffn.CASES.items()
+    },
+    "add_norm": lambda: interpreted_add_norm.add_norm("mosaic"),
+    **{
+        f"heads {name}": lambda case=case: interpreted_heads.heads(case, "mosaic")
+        for name, case in interpreted_heads.CASES.items()
+    },
 }
 RACES = {
     "grouped uneven",
@@ -279,6 +291,9 @@ RACES = {
     "swiglu cut",
     "norm a row left",
     "skinny long",
+    "ffn long",
+    "add_norm",
+    "heads some tokens",
     "race",
 }
 

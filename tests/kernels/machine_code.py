@@ -25,10 +25,21 @@ import jax
 import jax.numpy as jnp
 
 from longcat_jax.plan.deviceless import h100s
-from pallas_kernels import HOPPER, flash_mla, grouped_gemm, made_for, mla_decode, skinny_gemm
+from pallas_kernels import (
+    HOPPER,
+    expand_values,
+    flash_mla,
+    grouped_gemm,
+    made_for,
+    mla_decode,
+    skinny_experts,
+    skinny_gemm,
+    skinny_swiglu,
+)
 from pallas_kernels.flash_mla import shapes as attention_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.mla_decode import shapes as decode_shapes
+from pallas_kernels.skinny_ffn import shapes as ffn_shapes
 from pallas_kernels.skinny_gemm import shapes as skinny_shapes
 from tests.kernels import sass
 
@@ -99,8 +110,15 @@ def programs() -> dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]]:
     rows = floats((g.rows, g.contract), (g.groups, g.contract, g.width), (g.rows, g.width))
     cache = floats((d.batch, d.tokens, d.heads, entry), (d.batch, d.entries, entry))
     few = floats((skinny.rows, skinny.contracted), *((skinny.contracted, n) for n in skinny.widths))
+    M, D, F, X, K = ffn_shapes.PRODUCTION[1]
+    matrices = floats((X, D, 2 * F), (X, F, D))
+    selected = [*floats((M, D), (M, K)), ((M, K), jnp.int32), *matrices]
+    heads = floats((d.batch, d.heads, d.latent), (d.latent, d.heads, 256))
     return {
         "skinny": (skinny_gemm, few),
+        "ffn": (skinny_swiglu, few),
+        "experts": (skinny_experts, selected),
+        "values": (functools.partial(expand_values, value_dim=128), heads),
         "attention": (attend, whole),
         "attention of segments": (attend, [*whole, (tokens, jnp.int32)]),
         "grouped": (multiply, [*rows, ((g.groups,), jnp.int32)]),

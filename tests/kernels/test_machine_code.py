@@ -68,7 +68,9 @@ def test_no_product_of_a_kernel_is_spoilt(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
     print(json.dumps(found, indent=1))
-    assert len(found) == 2 * 3 + 3 + 1 + 1
+    (join,) = (kernel for kernel in found if "mla_decode_join" in kernel)
+    assert found.pop(join) == {"loops": 0, "spoilt": [], "spilt bytes": 0}
+    assert len(found) == 2 * 3 + 3 + 1 + 1 + 1 + 2 + 1
     for kernel, result in found.items():
         assert result["loops"] > 0, kernel
         assert result["spoilt"] == [], kernel

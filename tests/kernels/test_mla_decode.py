@@ -151,7 +151,7 @@ def test_mosaic_equals_exact_attention_in_more_cases():
 
 def test_mosaic_has_no_races(interpreted):
     result = interpreted["decode two row tiles"]
-    assert result["launches"] == 1
+    assert result["launches"] == 2
     assert result["races"] is False
 
 

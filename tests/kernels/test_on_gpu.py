@@ -284,7 +284,8 @@ def test_decoding_step_uses_the_kernels_and_is_as_exact_as_the_references(rows):
     with _common.kernels("reference"):
         plain = run(config.model)[0]
     fast, text = run(config.model)
-    assert not [name for name in ("skinny_gemm", "mla_decode", "grouped_gemm") if name not in text]
+    kernels = "skinny_gemm", "skinny_swiglu", "skinny_experts", "mla_decode", "grouped_gemm"
+    assert not [name for name in kernels if name not in text]
 
     def errors(x):
         # A row whose router changes its mind is far off, in any bfloat16: most are not.

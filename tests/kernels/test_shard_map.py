@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
+    add_norm,
     flash_mla,
     gather_combine,
     gather_rows,
@@ -20,6 +21,7 @@ from pallas_kernels import (
     scatter_add,
     skinny_gemm,
 )
+from pallas_kernels.add_norm import Rows
 from pallas_kernels.flash_mla import reference as flash_reference
 from tests.kernels import helpers
 
@@ -82,6 +84,11 @@ OPERATORS = {
     ),
     "rms_norm": (
         lambda weight, x: sum(rms_norm(x, weight, 1e-5)),
+        draw(6),
+        draw(DEVICES, 5, 6),
+    ),
+    "add_norm": (
+        lambda w, x: sum(add_norm(Rows(w, x), eps=1e-5)[0]),
         draw(6),
         draw(DEVICES, 5, 6),
     ),

@@ -98,6 +98,7 @@ def test_absorbed_attention_over_a_cache_equals_the_expanded_one(attention, step
     entries = jnp.full((ROWS, ENTRIES, C + ROPE), jnp.nan)
     cache, parts, start = LatentCache(entries, jnp.zeros(ROWS, jnp.int32)), [], 0
     for count in steps:
+        cache = cache.replace(lengths_B=cache.lengths_B + count)
         run = jax.jit(lambda x, w, t, c: absorbed(CONFIG, x, w, t, c))
         part, cache = run(x[:, start : start + count], weights, _tokens(start, count), cache)
         parts.append(part)

@@ -1,0 +1,75 @@
+"""Cases of skinny_swiglu and skinny_experts for tests/kernels/interpreted.py."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import skinny_experts, skinny_swiglu
+from tests.kernels import helpers
+
+
+class Case(NamedTuple):
+    """x [rows, model], experts of a width, selections a row; of the ids so many are nobody's."""
+
+    rows: int
+    model: int
+    width: int
+    experts: int
+    selected: int
+    others: int
+    dtype: str = "bfloat16"
+
+
+CASES = {
+    # Rows that fill a tile of 8 or don't; experts that nobody selects; more steps than stages.
+    "one row": Case(1, 128, 64, 5, 3, 4),
+    "some rows": Case(13, 192, 128, 3, 2, 1, "float16"),
+    "long": Case(64, 576, 192, 4, 2, 2),
+}
+
+
+def ffn(case: Case, implementation: str) -> dict[str, Any]:
+    """Errors of values and gradients against float64."""
+    rng = np.random.default_rng(5)
+    D, F, X = case.model, case.width, case.experts
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape) * shape[-2] ** -0.5, case.dtype)
+
+    x = jnp.asarray(rng.standard_normal((case.rows, D)), case.dtype)
+    gate, up, gate_up, down = draw(D, F), draw(D, F), draw(X, D, 2 * F), draw(X, F, D)
+    orders = [rng.permutation(X + case.others)[: case.selected] for _ in range(case.rows)]
+    experts = np.array(orders, np.int32)
+    experts[experts == 1] = X  # nobody's
+    gates = jnp.asarray(rng.random(experts.shape), case.dtype)
+
+    def run(x: Any, gate: Any, up: Any, gates: Any, gate_up: Any, down: Any) -> Any:
+        options = {"implementation": implementation}
+        dense = skinny_swiglu(x, gate, up, **options)
+        return dense, skinny_experts(x, gates, jnp.asarray(experts), gate_up, down, **options)
+
+    def plain(x: Any, gate: Any, up: Any, gates: Any, gate_up: Any, down: Any) -> Any:
+        dense, total = jax.nn.silu(x @ gate) * (x @ up), jnp.zeros_like(x)
+        for row, expert in np.ndindex(case.rows, X):
+            for k in np.flatnonzero(experts[row] == expert):
+                half, other = jnp.split(x[row] @ gate_up[expert], 2)
+                narrow = jax.nn.silu(half) * other * gates[row, k]
+                total = total.at[row].add(narrow @ down[expert])
+        return dense, total
+
+    operands = x, gate, up, gates, gate_up, down
+    values, vjp = jax.vjp(run, *operands)
+    douts = tuple(jnp.asarray(rng.standard_normal(v.shape), v.dtype) for v in values)
+    gradients = vjp(douts)
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(a, np.float64)) for a in operands]
+        wanted, exact_vjp = jax.vjp(plain, *exact)
+        wanted_gradients = exact_vjp(tuple(jnp.asarray(np.asarray(d, np.float64)) for d in douts))
+    error = helpers.relative_error
+    return {
+        "swiglu": error(values[0], wanted[0]),
+        "experts": error(values[1], wanted[1]),
+        "gradients": max(map(error, gradients, wanted_gradients)),
+    }
