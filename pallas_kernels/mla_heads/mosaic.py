@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, row_window, stream
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, row_window, stream, whole_tiles
 
 PAIRS = PIECE // 2
 MATRIX = plgpu.Layout.WGMMA
@@ -143,16 +143,17 @@ def absorb_query(
     (S, M, X), (C, H, _), dtype = terms_SMX.shape, kv_b_CHY.shape, kv_b_CHY.dtype
     pieces = X // H // PIECE - 1
     order = jnp.asarray(np.concatenate([np.eye(PIECE)[:, i::2] for i in range(2)], axis=1), dtype)
-    operands = terms_SMX, kv_b_CHY, order, cos_MI, sin_MI
+    cos_MI, sin_MI = whole_tiles(cos_MI), whole_tiles(sin_MI)
+    operands = whole_tiles(terms_SMX, 1), kv_b_CHY, order, cos_MI, sin_MI
     out_MHU = plgpu.kernel(
         _query_kernel,
-        out_type=jax.ShapeDtypeStruct((M, H, C + PIECE), dtype),
+        out_type=jax.ShapeDtypeStruct((len(cos_MI), H, C + PIECE), dtype),
         scratch_types=(_query_buffers(dtype, S, pieces),),
         grid=(H * (C // PIECE),),
         grid_names=("cta",),
         kernel_name="absorb_query",
     )(*operands)
-    return _common.vary(out_MHU, _common.varying_axes(*operands))
+    return _common.vary(out_MHU[:M], _common.varying_axes(*operands))
 
 
 class ValueBuffers(NamedTuple):
@@ -195,7 +196,9 @@ def _value_kernel(x: Any, kv_b: Any, out: Any, buffers: ValueBuffers) -> None:
 
 def expand_values(x_MHC: jax.Array, kv_b_CHY: jax.Array, *, value_dim: int) -> jax.Array:
     """The public operator, arguments already checked."""
-    (M, H, _), dtype = x_MHC.shape, x_MHC.dtype
+    rows, dtype = x_MHC.shape[0], x_MHC.dtype
+    x_MHC = whole_tiles(x_MHC)
+    M, H, _ = x_MHC.shape
     tiles = _mosaic.tiled(dtype)
     operand = plgpu.SMEM((STAGES, ROWS, PIECE), dtype, transforms=tiles)
     out = plgpu.SMEM((ROWS, PIECE), dtype, transforms=tiles)
@@ -208,4 +211,4 @@ def expand_values(x_MHC: jax.Array, kv_b_CHY: jax.Array, *, value_dim: int) -> j
         grid_names=("cta",),
         kernel_name="expand_values",
     )(x_MHC, kv_b_CHY)
-    return _common.vary(out_MHV, _common.varying_axes(x_MHC, kv_b_CHY))
+    return _common.vary(out_MHV[:rows], _common.varying_axes(x_MHC, kv_b_CHY))

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
 from pallas_kernels.skinny_ffn import reference
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, row_window, stream
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, row_window, stream, whole_tiles
 from pallas_kernels.skinny_gemm.mosaic import STAGES as DOWN_STAGES
 
 WIDE_STAGES = 4  # of three operands: two CTAs fit into an SM, as of the six of two
@@ -165,8 +165,9 @@ def _launch(kernel: Any, out: Any, buffers: Buffers, ctas: int, name: str, *oper
 @jax.custom_vjp
 def skinny_swiglu(x_MK: jax.Array, gate_KF: jax.Array, up_KF: jax.Array) -> jax.Array:
     """The public operator, arguments already checked."""
-    dtype, width = x_MK.dtype, gate_KF.shape[1]
-    return _launch(
+    rows, dtype, width = x_MK.shape[0], x_MK.dtype, gate_KF.shape[1]
+    x_MK = whole_tiles(x_MK)
+    out_MF = _launch(
         _swiglu_kernel,
         jax.ShapeDtypeStruct((x_MK.shape[0], width), dtype),
         _buffer_types(dtype, dtype, WIDE_STAGES, 2),
@@ -176,6 +177,7 @@ def skinny_swiglu(x_MK: jax.Array, gate_KF: jax.Array, up_KF: jax.Array) -> jax.
         gate_KF,
         up_KF,
     )
+    return out_MF[:rows]
 
 
 def experts_in_use(experts_MK: jax.Array, num_experts: int, slots: int) -> jax.Array:
@@ -217,9 +219,10 @@ def skinny_experts(
     hits_SMK = experts_MK[None] == ids_S[:, None, None]
     weights_SM = jnp.where(hits_SMK, gates_MK.astype(jnp.float32)[None], 0).sum(-1)
     weights_SM = jnp.pad(weights_SM, ((0, 0), (0, ROWS - M)))
+    x_MD = whole_tiles(x_MD)
     narrow_SMF = _launch(
         _wide_kernel,
-        jax.ShapeDtypeStruct((slots, M, F), dtype),
+        jax.ShapeDtypeStruct((slots, len(x_MD), F), dtype),
         _buffer_types(dtype, dtype, WIDE_STAGES, 2),
         slots * F // PIECE,
         "skinny_experts",
@@ -230,7 +233,7 @@ def skinny_experts(
     )
     sums_GMD = _launch(
         _down_kernel,
-        jax.ShapeDtypeStruct((groups, M, D), jnp.float32),
+        jax.ShapeDtypeStruct((groups, len(x_MD), D), jnp.float32),
         _buffer_types(dtype, jnp.float32, DOWN_STAGES, 1),
         groups * D // PIECE,
         "skinny_experts",
@@ -238,7 +241,7 @@ def skinny_experts(
         narrow_SMF,
         down_XFD,
     )
-    return sums_GMD.sum(axis=0).astype(dtype)
+    return sums_GMD[:, :M].sum(axis=0).astype(dtype)
 
 
 def _keep(operator: Any, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:

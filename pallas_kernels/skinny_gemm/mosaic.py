@@ -56,6 +56,12 @@ def row_window(rows: int) -> Any:
     return pl.ds(first, -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
+def whole_tiles(x: jax.Array, axis: int = 0) -> jax.Array:
+    """x, with zeros up to whole tiles of rows where there is more than one: TMA takes no other."""
+    missing = -x.shape[axis] % ROW_MULTIPLE if x.shape[axis] > ROW_MULTIPLE else 0
+    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
+
+
 def stream(
     steps: Any, full: Any, load: Callable[..., None], multiply: Callable[..., None], products: int
 ) -> None:
@@ -160,20 +166,22 @@ Matrices = tuple[jax.Array, ...]
 
 
 def _terms(x_MK: jax.Array, matrices: Matrices, ahead: Matrices) -> Matrices:
-    rows, contracted = x_MK.shape
+    rows = x_MK.shape[0]
+    x_MK = whole_tiles(x_MK)
+    padded, contracted = x_MK.shape
     widths = [w_KN.shape[1] for w_KN in matrices]
     parts = splits(contracted, sum(widths))
     ctas = parts * sum(widths) // PIECE
     terms = plgpu.kernel(
         functools.partial(_kernel, steps=contracted // PIECE // parts, ctas=ctas),
-        out_type=tuple(jax.ShapeDtypeStruct((parts, rows, width), jnp.float32) for width in widths),
+        out_type=tuple(jax.ShapeDtypeStruct((parts, padded, n), jnp.float32) for n in widths),
         scratch_types=(_buffer_types(x_MK.dtype),),
         grid=(ctas,),
         grid_names=("cta",),
         kernel_name="skinny_gemm",
     )(x_MK, matrices, ahead)
     axes = _common.varying_axes(x_MK, *matrices)
-    return tuple(_common.vary(terms_SMN, axes) for terms_SMN in terms)
+    return tuple(_common.vary(terms_SMN[:, :rows], axes) for terms_SMN in terms)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

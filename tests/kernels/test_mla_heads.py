@@ -57,7 +57,7 @@ def test_mosaic_equals_float64_on_a_gpu(case):
     assert all(interpreted_heads.heads(case, "mosaic") == first for _ in range(2))
 
 
-@pytest.mark.parametrize("tokens, heads, terms", [(1, 16, 2), (64, 64, 1)])
+@pytest.mark.parametrize("tokens, heads, terms", [(1, 16, 2), (64, 64, 1), (13, 2, 1)])
 def test_mosaic_lowers_for_cuda(tokens, heads, terms):
     def shape(*s, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(s, dtype)

@@ -74,7 +74,10 @@ def test_mosaic_equals_float64_on_a_gpu(shape):
     assert all(interpreted_skinny.skinny(case, "mosaic") == first for _ in range(2))
 
 
-@pytest.mark.parametrize("shape", shapes.PRODUCTION)
+ODD = shapes.Shape(13, 128, (64, 64))  # rows that are no whole tiles
+
+
+@pytest.mark.parametrize("shape", [*shapes.PRODUCTION, ODD])
 def test_mosaic_lowers_for_cuda(shape):
     x, *matrices = (
         jax.ShapeDtypeStruct(s, jnp.bfloat16)
