@@ -81,7 +81,10 @@ def _scan_forward(
 
 
 def online_log_sum_exp(x_RW: jax.Array) -> jax.Array:
-    """Reads x once (arXiv 1805.02867), in pieces of a row for a GPU to have enough of them."""
+    """Log-sum-exp of every row [R], reading x once (arXiv 1805.02867); NaN for a row with inf.
+
+    Rows are reduced in pieces: a GPU has more to do at a time than there are rows.
+    """
     lowest = jnp.asarray(jnp.finfo(x_RW.dtype).min, x_RW.dtype)
 
     def join(a: tuple, b: tuple) -> tuple:

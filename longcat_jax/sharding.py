@@ -91,6 +91,13 @@ def several_devices() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def whole_implementation() -> str | None:
+    """What operators are asked for that see whole arrays, outside of `on_shards`: XLA can't cut a
+    kernel's rows.
+    """
+    return "reference" if several_devices() else None
+
+
 def without_mesh() -> Any:
     """Context manager in which functions are traced as for one device."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))

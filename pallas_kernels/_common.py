@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -105,6 +106,18 @@ def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """
     axes = varying_axes(*arrays)
     return tuple(vary(array, axes) for array in arrays)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def inference_only(reason: str, run: Callable[..., Any], *operands: Any) -> Any:
+    """run(*operands); ValueError(reason) for who wants a gradient."""
+    del reason
+    return run(*operands)
+
+
+@inference_only.defjvp
+def _refuse(reason: str, *_: Any) -> None:
+    raise ValueError(reason)
 
 
 class Implementation(NamedTuple):

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 # where there is no GPU.
 HOPPER_SMS = 132
 SWIZZLE_BYTES = 128
+TILE_ROWS = 8  # of swizzled shared memory
 
 
 def num_sms() -> int:
@@ -24,13 +25,35 @@ def num_sms() -> int:
     return device.core_count if device.platform == "gpu" else HOPPER_SMS
 
 
-def tiled(dtype: Any, rows: int = 8) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def tiled(
+    dtype: Any, rows: int = TILE_ROWS
+) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The layout of shared memory that TMA writes and wgmma reads, 128 bytes to a row.
 
     With `rows=1` the bytes are the same, but single rows may be sliced.
     """
     tiling = plgpu.TilingTransform((rows, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize))
     return tiling, plgpu.SwizzleTransform(SWIZZLE_BYTES)
+
+
+def row_window(rows: int) -> Any:
+    """Slice of all rows in whole tiles; what a copy finds past the last one is zero, and is not
+    stored.
+    """
+    # Not a literal: where a slice ends is only checked of those.
+    first = pl.multiple_of(lax.axis_index("cta") * 0, TILE_ROWS)
+    return pl.ds(first, -(-rows // TILE_ROWS) * TILE_ROWS)
+
+
+def in_whole_tiles(rows: int) -> int:
+    """So many rows, or up to whole tiles where there is more than one: copies take no others."""
+    return rows if rows <= TILE_ROWS else -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+def whole_tiles(x: jax.Array, axis: int = 0) -> jax.Array:
+    """x with zeros up to `in_whole_tiles` rows."""
+    missing = in_whole_tiles(x.shape[axis]) - x.shape[axis]
+    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
 
 
 def divmod_by(value: jax.Array, divisor: Any) -> tuple[jax.Array, jax.Array]:

@@ -61,7 +61,8 @@ def test_chunked_cross_entropy_and_its_gradients_equal_plain_log_softmax(chunk):
 @pytest.mark.parametrize("width", [44, 43, 1])
 def test_log_sum_exp_of_a_gpu_equals_that_of_a_cpu(width):
     rows = np.random.default_rng(width).normal(size=(R, width)) * np.logspace(-3, 5, R)[:, None]
-    rows[3:5] = [[-1e30], [1e30]]  # all the same, far out
+    rows[3:6] = [[-1e30], [1e30], [np.nan]]  # all the same, far out
+    rows[6, 0] = -np.inf
     rows_RW = jnp.asarray(rows)
     expected = jax.nn.logsumexp(rows_RW, axis=1)
     np.testing.assert_allclose(online_log_sum_exp(rows_RW), expected, rtol=1e-14, atol=1e-14)

@@ -2,9 +2,10 @@
 
 Prompts stand in one batch, padded on the right to a length out of a few, so that most calls compile
 nothing. A row's result doesn't depend on the others: padding is never attended to, experts drop
-nothing, random keys come from the row's own seed and position.
+nothing, random keys come from the row's own seed and position. (On Hopper the last bits of a sum
+over experts may: which of them are added first depends on those in use, see skinny_ffn.)
 
-B batch, T padded prompt length, N new tokens at most, D model, W vocabulary.
+B batch, T padded prompt length, N new tokens at most and a few more steps, D model, W vocabulary.
 """
 
 import dataclasses

@@ -16,8 +16,8 @@ from pallas_kernels.skinny_gemm import MAX_ROWS
 
 
 def _few(x: jax.Array) -> bool:
-    """Whether so few tokens, on one device, that they wait for the weights: they go there
-    together.
+    """Whether so few tokens, in decoding or elsewhere, on one device, that they wait for the
+    weights: they go there together.
     """
     return math.prod(x.shape[:-1]) <= MAX_ROWS and not several_devices()
 
@@ -36,10 +36,12 @@ def products(
       *matrices: of the dtype of x.
       ahead: matrices that are read next, see `skinny_gemm`.
       out_dtype: at least that of x; None: the same.
-      summed: False: terms [S, ..., N] of the results, for `add_norm`.
+      summed: False: terms [S, ..., N] of the results in float32 at least, for `add_norm` and
+        `absorb_query`.
     """
     if not _few(x):
-        out = tuple(jnp.matmul(x, w_DN, preferred_element_type=out_dtype) for w_DN in matrices)
+        dtype = out_dtype if summed else jnp.promote_types(x.dtype, jnp.float32)
+        out = tuple(jnp.matmul(x, w_DN, preferred_element_type=dtype) for w_DN in matrices)
         return out if summed else tuple(out_XN[None] for out_XN in out)
     rows, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     out = skinny_gemm(rows, *matrices, ahead=ahead, out_dtype=out_dtype, summed=summed)

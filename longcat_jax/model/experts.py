@@ -107,7 +107,7 @@ def real_experts(
     """
     num_experts, (T, K) = gate_up_XDF.shape[0], experts_TK.shape
     if num_rows is None and not several_devices() and reads_selected_experts(x_TD, down_XFD):
-        # A decoding step waits for weights and launches: nothing is put in order.
+        # So few tokens, mostly a decoding step's, wait for weights: nothing is put in order.
         return skinny_experts(x_TD, gates_TK, experts_TK, gate_up_XDF, down_XFD)
     most = T * min(K, num_experts)
     num_rows = most if num_rows is None else min(num_rows, most)

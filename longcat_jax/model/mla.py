@@ -30,7 +30,7 @@ from longcat_jax.sharding import (
     TOKENS,
     gather_weight,
     on_shards,
-    several_devices,
+    whole_implementation,
 )
 from pallas_kernels import absorb_query, expand_values, flash_mla, mla_decode
 from pallas_kernels.add_norm import Rows
@@ -176,7 +176,7 @@ def absorbed(
       x_BTD: activations.
       weights: of the attention.
       tokens: positions.
-      cache: with these tokens' room.
+      cache: whose lengths include these tokens.
       ahead: weights that are read next.
       summed: False: not the output, but its terms.
 
@@ -200,12 +200,12 @@ def absorbed(
     later = (weights["o_proj"],)
     (terms_SBTX,) = products(low_BTQ, weights["q_b_proj"], ahead=later, summed=False)
     kv_b_CHY = weights["kv_b_proj"].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
-    plain = "reference" if several_devices() else None  # XLA can't cut a kernel's rows
+    implementation = whole_implementation()
     q_MHU = absorb_query(
         terms_SBTX.reshape(len(terms_SBTX), B * T, -1),
         kv_b_CHY,
         *(table_BTI.reshape(B * T, -1) for table_BTI in (tokens.rope.cos_BTI, tokens.rope.sin_BTI)),
-        implementation=plain,
+        implementation=implementation,
     )
     out_BTHC = mla_decode(
         q_MHU.reshape(B, T, *q_MHU.shape[1:]),
@@ -213,12 +213,13 @@ def absorbed(
         cache.lengths_B,
         scale=_scale(c),
         value_dim=c.kv_lora_rank,
+        implementation=implementation,
     )
     out_BTHV = expand_values(
         out_BTHC.reshape(B * T, *out_BTHC.shape[2:]),
         kv_b_CHY,
         value_dim=c.v_head_dim,
-        implementation=plain,
+        implementation=implementation,
     )
     out_BTX = out_BTHV.reshape(B, T, -1)
     return dense(out_BTX, weights["o_proj"], ahead=ahead, summed=summed), cache
@@ -237,8 +238,8 @@ class MLA(nn.Module):
         cache: LatentCache | None = None,
         **options: Any,
     ) -> tuple[jax.Array, jax.Array | LatentCache]:
-        """-> (output [B, T, D], latent [B, T, U] of these tokens or the extended cache); options of
-        `absorbed` where there is a cache.
+        """-> (output [B, T, D], latent [B, T, U] of these tokens or the cache with them written);
+        options of `absorbed` where there is a cache.
         """
         c = self.config
         D, Q, C, U, H = (

@@ -8,6 +8,9 @@ hold a separate one).
 B batch, T tokens, D model, W vocabulary.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,8 @@ import jax.numpy as jnp
 from longcat_jax.config import ModelConfig
 from longcat_jax.model.embed import embed
 from longcat_jax.model.ffn import FFN
-from longcat_jax.model.mla import MLA, AttentionInput, LatentCache
-from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.mla import MLA, AttentionInput
+from longcat_jax.model.norm import norm_residual, rms_norm
 from longcat_jax.parameters import embedding, matrix, norm_weight
 
 
@@ -31,15 +34,12 @@ class MTPHead(nn.Module):
         hidden_BTD: jax.Array,
         next_tokens_BT: jax.Array,
         tokens: AttentionInput,
-        cache: LatentCache | None = None,
-    ) -> tuple[jax.Array, jax.Array | LatentCache]:
-        """-> (final normed hidden [B, T, D], latent [B, T, U] of these tokens or the extended
-        cache).
-        """
+    ) -> tuple[jax.Array, jax.Array]:
+        """-> (final normed hidden [B, T, D], latent [B, T, U] of these tokens)."""
         c, D, dtype = self.config, self.config.hidden_size, hidden_BTD.dtype
 
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            return rms_norm(x, self.param(name, norm_weight(c), (D,)), c.rms_norm_eps)
+        def norm(name: str, x: jax.Array, how: Callable = rms_norm) -> Any:
+            return how(x, self.param(name, norm_weight(c), (D,)), c.rms_norm_eps)
 
         table = self.param("embed_tokens", embedding(c, "vocab", None), (c.vocab_size, D))
         joint = [
@@ -48,7 +48,8 @@ class MTPHead(nn.Module):
         ]
         w = self.param("eh_proj", matrix(c, "hidden_size", "embed", None), (2 * D, D))
         x_BTD = jnp.concatenate(joint, axis=-1) @ w.astype(dtype)
-        out, latent = MLA(c, name="self_attn")(norm("input_layernorm", x_BTD), tokens, cache)
-        x_BTD += out
-        x_BTD += FFN(c, name="mlp")(norm("post_attention_layernorm", x_BTD))
+        x_BTD, h_BTD = norm("input_layernorm", x_BTD, norm_residual)
+        out, latent = MLA(c, name="self_attn")(h_BTD, tokens)
+        x_BTD, h_BTD = norm("post_attention_layernorm", x_BTD + out, norm_residual)
+        x_BTD += FFN(c, name="mlp")(h_BTD)
         return norm("norm", x_BTD), latent

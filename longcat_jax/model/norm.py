@@ -4,13 +4,13 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from longcat_jax.sharding import TOKENS, on_shards, several_devices
+from longcat_jax.sharding import TOKENS, on_shards, whole_implementation
 from pallas_kernels.add_norm import Rows
 from pallas_kernels.rms_norm import reference
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last dim; statistics in at least float32."""
+    """x / rms(x) * weight over the last dim, by XLA; statistics in at least float32."""
     return reference.rms_norm(x, weight_D, eps)[1]
 
 
@@ -44,6 +44,7 @@ def add_norm(*several: Rows, eps: float) -> tuple[tuple[jax.Array, jax.Array], .
         terms = None if terms is None else terms.reshape(len(terms), -1, terms.shape[-1])
         return Rows(weight, base, terms)
 
-    plain = "reference" if several_devices() else None  # XLA can't cut a kernel's rows
-    results = pallas_kernels.add_norm(*map(flat, several), eps=eps, implementation=plain)
+    results = pallas_kernels.add_norm(
+        *map(flat, several), eps=eps, implementation=whole_implementation()
+    )
     return jax.tree.map(lambda x_MD: x_MD.reshape(*lead, x_MD.shape[1]), results)

@@ -4,7 +4,7 @@ B batch, T tokens, H heads, P rope dim, I = P/2 pairs.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -93,11 +93,12 @@ def _rotate_back(x_BTHP: jax.Array, table: RopeTable) -> jax.Array:
     return jnp.stack([even, odd], axis=-1).reshape(x_BTHP.shape).astype(x_BTHP.dtype)
 
 
-def _in_last_columns(rotation: Any, x_BTHQ: jax.Array, table: RopeTable) -> jax.Array:
+def _in_last_columns(rotation: Callable, x_BTHQ: jax.Array, table: RopeTable) -> jax.Array:
     width = 2 * table.cos_BTI.shape[-1]
     # Cut out first: XLA then writes into x where it stands.
     last_BTHP = jax.lax.optimization_barrier(x_BTHQ[..., -width:])
-    return x_BTHQ.at[..., -width:].set(rotation(last_BTHP, table))
+    start = x_BTHQ.shape[-1] - width
+    return jax.lax.dynamic_update_slice_in_dim(x_BTHQ, rotation(last_BTHP, table), start, -1)
 
 
 @jax.custom_vjp
@@ -106,12 +107,12 @@ def rotate_last(x_BTHQ: jax.Array, table: RopeTable) -> jax.Array:
     return _in_last_columns(rotate, x_BTHQ, table)
 
 
-def _forward(x_BTHQ: jax.Array, table: RopeTable) -> tuple[jax.Array, RopeTable]:
+def _rotate_last_forward(x_BTHQ: jax.Array, table: RopeTable) -> tuple[jax.Array, RopeTable]:
     return rotate_last(x_BTHQ, table), table
 
 
-def _backward(table: RopeTable, dx_BTHQ: jax.Array) -> tuple[jax.Array, None]:
+def _rotate_last_backward(table: RopeTable, dx_BTHQ: jax.Array) -> tuple[jax.Array, None]:
     return _in_last_columns(_rotate_back, dx_BTHQ, table), None
 
 
-rotate_last.defvjp(_forward, _backward)
+rotate_last.defvjp(_rotate_last_forward, _rotate_last_backward)

@@ -104,7 +104,7 @@ def _elementwise_values(job: Job) -> int:
     """
     m = job.model
     norms, residuals = 4 * 2 * m.hidden_size, 4 * 3 * m.hidden_size
-    rotations = 2 * 2 * m.num_attention_heads * m.qk_head_dim
+    rotations = 2 * 2 * 2 * m.num_attention_heads * m.qk_rope_head_dim  # cut out, put back
     token = norms + residuals + rotations + 3 * 2 * m.ffn_hidden_size
     row = 3 * m.expert_ffn_hidden_size + 3 * m.hidden_size
     return job.tokens * token + job.rows * row + job.received * 2 * m.hidden_size

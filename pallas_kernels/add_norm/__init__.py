@@ -3,6 +3,7 @@
 M rows; S terms; D columns, N at least D.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,8 @@ class Rows(NamedTuple):
 def _mosaic(*operands: tuple, eps: float) -> tuple:
     from pallas_kernels.add_norm import mosaic  # Pallas is only imported where it is used
 
-    return mosaic.add_norm(*operands, eps=eps)
+    reason = "add_norm: only implementation='reference' has a gradient"
+    return _common.inference_only(reason, functools.partial(mosaic.add_norm, eps=eps), *operands)
 
 
 def _misfit(bases: tuple, terms: tuple, weights: tuple[jax.Array, ...]) -> str:

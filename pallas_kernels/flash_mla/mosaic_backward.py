@@ -278,20 +278,17 @@ def _sum_values(
     def multiply_queries(ref: Any, t: jax.Array) -> None:
         _multiply(ref, keys, _slot(smem.q, t), _slot(smem.q_full, t))
 
-    def cut(p: jax.Array, t: jax.Array) -> jax.Array:
-        """Without that of queries that don't see a key."""
-        row = (place.start + t) * CHUNK
+    def mask(by_id: bool, p: jax.Array, t: jax.Array) -> jax.Array:
+        """Without that of earlier queries, and of queries of other segments."""
+        row, ids = (place.start + t) * CHUNK, (None, None)
         stand = row if place.offset is None else row + place.offset
+        if by_id:
+            theirs = segments.queries_BL.at[place.batch, pl.ds(row, CHUNK)]
+            ids = theirs, segments.keys_BL.at[place.batch, pl.ds(place.row, CHUNK)]
+        seen = mosaic_tile.visible(SHAPE, Side(1, stand, ids[0]), Side(0, place.row, ids[1]))
+        return jnp.where(seen, p, 0.0)
 
-        def by(ids: tuple[Any, Any]) -> jax.Array:
-            sides = Side(1, stand, ids[0]), Side(0, place.row, ids[1])
-            return jnp.where(mosaic_tile.visible(SHAPE, *sides), p, 0.0)
-
-        if segments is None:
-            return by((None, None))
-        theirs = segments.queries_BL.at[place.batch, pl.ds(row, CHUNK)]
-        mine = segments.keys_BL.at[place.batch, pl.ds(place.row, CHUNK)]
-        return lax.cond(t < place.whole, lambda: by((None, None)), lambda: by((theirs, mine)))
+    plain, by_id = (functools.partial(mask, x) for x in (False, True))
 
     def second(
         sums_ref: Any,
@@ -306,7 +303,8 @@ def _sum_values(
         lse = mosaic_tile.load_vector(_slot(smem.lse, t), 1)
         p = jnp.exp2(scores * (scale * LOG2_E) - along(lse, SHAPE, 1))
         if masked:
-            p = cut(p, t)
+            # As in the forward pass: ids only where there is more than one.
+            p = plain(p, t) if segments is None else lax.cond(t < place.whole, plain, by_id, p, t)
         taken = _slot(smem.p_free, t)
         pl.when(t >= SLOTS)(lambda: plgpu.barrier_wait(taken))
         half = lax.rem(t, jnp.int32(SLOTS))

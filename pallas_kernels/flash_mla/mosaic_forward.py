@@ -150,25 +150,21 @@ def _compute(
         plgpu.barrier_wait(smem.v_full.at[slot_of(j)])
         plgpu.wgmma(sums, weights, smem.v.at[slot_of(j)])
 
-    def cut(scores: jax.Array, j: jax.Array) -> jax.Array:
-        """Without those of keys that a query doesn't see."""
+    def mask(by_id: bool, scores: jax.Array, j: jax.Array) -> jax.Array:
+        """Without those of later keys, and of keys of other segments."""
         ids = (None, None)
-        if segments is not None:
+        if by_id:
             mine = segments.queries_BL.at[place.batch, pl.ds(row, CHUNK)]
             ids = mine, segments.keys_BL.at[place.batch, pl.ds(j * block, block)]
-        return below(scores, j, ids)
-
-    def below(scores: jax.Array, j: jax.Array, ids: tuple[Any, Any] = (None, None)) -> jax.Array:
-        """Without those of later keys, and of keys with another id."""
         seen = mosaic_tile.visible(shape, Side(0, top, ids[0]), Side(1, j * block, ids[1]))
         return jnp.where(seen, scores, -jnp.inf)
 
-    def cut_diagonal(scores: jax.Array) -> jax.Array:
-        """`cut`, mostly without ids: they would come from device memory while all wait."""
+    def mask_diagonal(scores: jax.Array) -> jax.Array:
+        """Mostly of one segment: ids would come from device memory while all wait."""
+        plain, by_id = (functools.partial(mask, x) for x in (False, True))
         if segments is None:
-            return cut(scores, diagonal)
-        one_segment = diagonal >= place.whole
-        return lax.cond(one_segment, below, cut, scores, diagonal)
+            return plain(scores, diagonal)
+        return lax.cond(diagonal >= place.whole, plain, by_id, scores, diagonal)
 
     def softmax(scores: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights, relative to the greatest score so far, which is the other result."""
@@ -192,7 +188,7 @@ def _compute(
         plgpu.barrier_arrive(smem.k_free.at[slot_of(diagonal)])
         lowest = jnp.full((CHUNK,), LOWEST, jnp.float32)
         lowest = plgpu.layout_cast(lowest, MATRIX.reduce(1))
-        weights, greatest = softmax(cut_diagonal(scores), lowest)
+        weights, greatest = softmax(mask_diagonal(scores), lowest)
 
         def step(i: jax.Array, carry: tuple[Any, ...], *, masked: bool) -> tuple[Any, ...]:
             weights, greatest, total = carry
@@ -213,7 +209,7 @@ def _compute(
             plgpu.barrier_arrive(smem.k_free.at[slot_of(j)])
             if masked:  # ids take registers: let the old weights go first
                 plgpu.wgmma_wait(0)
-                scores = cut(scores, j)
+                scores = mask(segments is not None, scores, j)
             new_weights, new_greatest = softmax(scores, greatest)
             shrink = jnp.exp2(greatest - new_greatest)
             total = total * shrink + new_weights.sum(axis=1)

@@ -5,7 +5,6 @@ B batch, T new tokens (1 to a few), S cache entries, P pages of a row, H heads, 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,17 +47,9 @@ _IMPLEMENTATIONS = {
 }
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _inference_only(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    return run(*operands)
-
-
-@_inference_only.defjvp
-def _refuse(*_: Any) -> None:
-    raise ValueError(
-        "mla_decode: only implementation='reference' over a cache without block tables has a "
-        "gradient"
-    )
+NO_GRADIENT = (
+    "mla_decode: only implementation='reference' over a cache without block tables has a gradient"
+)
 
 
 def mla_decode(
@@ -130,5 +121,5 @@ def mla_decode(
     run = functools.partial(run, scale=scale, value_dim=value_dim)
     operands = _common.vary_together(q_BTHU, cache_BSU, lengths_B, *tables)
     if tables or run.func is _mosaic:
-        return _inference_only(run, *operands)
+        return _common.inference_only(NO_GRADIENT, run, *operands)
     return run(*operands)

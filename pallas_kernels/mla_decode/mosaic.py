@@ -341,19 +341,20 @@ def _join(
     dtype: Any,
 ) -> jax.Array:
     """Adds the splits, each relative to its own top score -> [B, T * H, C]."""
-    batch, _, padded, columns = out_BNRC.shape
+    (batch, _, padded, columns), rows = out_BNRC.shape, cut.tokens * cut.heads
+    stored = _mosaic.in_whole_tiles(rows)
     swizzle = JOINED_COLUMNS * jnp.dtype(dtype).itemsize
     transforms = plgpu.TilingTransform((8, JOINED_COLUMNS)), plgpu.SwizzleTransform(swizzle)
     joined_BRC = plgpu.kernel(
         functools.partial(_join_kernel, split=cut.split),
-        out_type=jax.ShapeDtypeStruct((batch, cut.tokens * cut.heads, columns), dtype),
+        out_type=jax.ShapeDtypeStruct((batch, stored, columns), dtype),
         scratch_types=(plgpu.SMEM((TILE, JOINED_COLUMNS), dtype, transforms=transforms),),
         grid=(columns // JOINED_COLUMNS, padded // TILE, batch),
         grid_names=("columns", "rows", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="mla_decode_join",
     )(out_BNRC, stats_BN2R, lengths_B)
-    return _common.vary(joined_BRC, _common.varying_axes(out_BNRC, lengths_B))
+    return _common.vary(joined_BRC[:, :rows], _common.varying_axes(out_BNRC, lengths_B))
 
 
 def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) -> Plan:
@@ -385,7 +386,8 @@ def attend(
     """
     batch, tokens, heads, width = q_BTHU.shape
     rows = -(-tokens * heads // TILE) * TILE
-    q_BRU = q_BTHU.reshape(batch, tokens * heads, width)  # rows past them are loaded as zeros
+    # Rows past them are loaded as zeros.
+    q_BRU = _mosaic.whole_tiles(q_BTHU.reshape(batch, tokens * heads, width), axis=1)
     splits = -(-cache.capacity // cut.split)
     parts = plgpu.kernel(
         functools.partial(_kernel, plan=cut, scale=scale),

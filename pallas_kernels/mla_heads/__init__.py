@@ -4,6 +4,8 @@ key up-projection folded in, and rotated; and the value up-projection of what at
 M tokens; H heads; N nope dim, P rope dim of I pairs; C latent dim, V value dim; S terms.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,32 +22,36 @@ _MOSAIC_PIECES = 12  # of a head's columns, in terms, sum and matrix: what share
 def _mosaic_query(*operands: jax.Array) -> jax.Array:
     from pallas_kernels.mla_heads import mosaic  # Pallas is only imported where it is used
 
-    return mosaic.absorb_query(*operands)
+    reason = "absorb_query: only implementation='reference' has a gradient"
+    return _common.inference_only(reason, mosaic.absorb_query, *operands)
 
 
 def _mosaic_values(*operands: jax.Array, value_dim: int) -> jax.Array:
     from pallas_kernels.mla_heads import mosaic
 
-    return mosaic.expand_values(*operands, value_dim=value_dim)
+    reason = "expand_values: only implementation='reference' has a gradient"
+    run = functools.partial(mosaic.expand_values, value_dim=value_dim)
+    return _common.inference_only(reason, run, *operands)
 
 
 def _query_misfit(terms_SMX: jax.Array, kv_b_CHY: jax.Array, cos_MI: jax.Array) -> str:
     (S, M, X), (C, H, _), dtype = terms_SMX.shape, kv_b_CHY.shape, kv_b_CHY.dtype
-    rope = 2 * cos_MI.shape[1]
+    rope, width = 2 * cos_MI.shape[1], kv_b_CHY.shape[2]
     nope = X // H - rope
     if (
         dtype in _MOSAIC_DTYPES
         and terms_SMX.dtype == cos_MI.dtype == jnp.float32
         and 0 < M <= MAX_TOKENS
         and rope == _MOSAIC_ROPE
-        and all(n > 0 and n % _MOSAIC_MULTIPLE == 0 for n in (nope, C))
+        and all(n > 0 and n % _MOSAIC_MULTIPLE == 0 for n in (nope, C, width))
         and (nope + rope) // _MOSAIC_MULTIPLE * (S + 1) <= _MOSAIC_PIECES
     ):
         return ""
     return (
         f"takes bfloat16 or float16 weights and float32 terms, 1 to {MAX_TOKENS} tokens, a rope "
-        f"dim of {_MOSAIC_ROPE}, positive multiples of {_MOSAIC_MULTIPLE} as nope and latent dim, "
-        f"and few terms, got {dtype} and {terms_SMX.dtype}, {M}, {rope}, {nope} and {C}, {S}"
+        f"dim of {_MOSAIC_ROPE}, positive multiples of {_MOSAIC_MULTIPLE} as nope dim, latent dim "
+        f"and width of a head's weights, and few terms, got {dtype} and {terms_SMX.dtype}, {M}, "
+        f"{rope}, {nope}, {C} and {width}, {S}"
     )
 
 

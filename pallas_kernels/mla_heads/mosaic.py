@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, row_window, stream, whole_tiles
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, stream
 
 PAIRS = PIECE // 2
 MATRIX = plgpu.Layout.WGMMA
@@ -68,7 +68,7 @@ def _query_kernel(
     (num_terms, num_rows, _), latent_dim = terms.shape, kv_b.shape[0]
     pieces = buffers.x.shape[0] - 1  # of the nope part; the rope part is the one after
     head, tile = _mosaic.divmod_by(lax.axis_index("cta"), latent_dim // PIECE)
-    rows = row_window(num_rows)
+    rows = _mosaic.row_window(num_rows)
     used = pl.ds(0, rows.size)
 
     def columns(start: Any) -> Any:
@@ -143,8 +143,8 @@ def absorb_query(
     (S, M, X), (C, H, _), dtype = terms_SMX.shape, kv_b_CHY.shape, kv_b_CHY.dtype
     pieces = X // H // PIECE - 1
     order = jnp.asarray(np.concatenate([np.eye(PIECE)[:, i::2] for i in range(2)], axis=1), dtype)
-    cos_MI, sin_MI = whole_tiles(cos_MI), whole_tiles(sin_MI)
-    operands = whole_tiles(terms_SMX, 1), kv_b_CHY, order, cos_MI, sin_MI
+    cos_MI, sin_MI = _mosaic.whole_tiles(cos_MI), _mosaic.whole_tiles(sin_MI)
+    operands = _mosaic.whole_tiles(terms_SMX, 1), kv_b_CHY, order, cos_MI, sin_MI
     out_MHU = plgpu.kernel(
         _query_kernel,
         out_type=jax.ShapeDtypeStruct((len(cos_MI), H, C + PIECE), dtype),
@@ -168,7 +168,7 @@ class ValueBuffers(NamedTuple):
 def _value_kernel(x: Any, kv_b: Any, out: Any, buffers: ValueBuffers) -> None:
     (num_rows, _, value_dim), (latent_dim, _, width) = out.shape, kv_b.shape
     head, tile = _mosaic.divmod_by(lax.axis_index("cta"), value_dim // PIECE)
-    rows = row_window(num_rows)
+    rows = _mosaic.row_window(num_rows)
     used = pl.ds(0, rows.size)
 
     def columns(start: jax.Array) -> Any:
@@ -197,7 +197,7 @@ def _value_kernel(x: Any, kv_b: Any, out: Any, buffers: ValueBuffers) -> None:
 def expand_values(x_MHC: jax.Array, kv_b_CHY: jax.Array, *, value_dim: int) -> jax.Array:
     """The public operator, arguments already checked."""
     rows, dtype = x_MHC.shape[0], x_MHC.dtype
-    x_MHC = whole_tiles(x_MHC)
+    x_MHC = _mosaic.whole_tiles(x_MHC)
     M, H, _ = x_MHC.shape
     tiles = _mosaic.tiled(dtype)
     operand = plgpu.SMEM((STAGES, ROWS, PIECE), dtype, transforms=tiles)

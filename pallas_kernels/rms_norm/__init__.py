@@ -12,7 +12,7 @@ from pallas_kernels.rms_norm import reference
 
 _MOSAIC_DTYPES = (jnp.bfloat16, jnp.float16)
 _MOSAIC_MULTIPLE = 128  # one column to a thread of a warpgroup
-_MOSAIC_WIDTH = 8192  # more columns than registers hold
+_MOSAIC_WIDTH = 6144  # at most: registers hold no wider rows
 
 
 def _mosaic(x_RD: jax.Array, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +50,7 @@ def rms_norm(
       weight_D: floats; rounded to the dtype of x where it multiplies.
       eps: static.
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes and widths that are multiples
-        of 128 up to 8192: its gradient is a kernel; None for the best.
+        of 128 up to 6144: its gradient is a kernel; None for the best.
 
     Returns:
       Twice [R, D] in the dtype of `x_RD`.

@@ -82,7 +82,7 @@ def _backward(
         grid=(blocks,),
         grid_names=("block",),
         kernel_name="rms_norm_gradient",
-    )(x_RD, weight_D.astype(jnp.float32), *gradients)
+    )(x_RD, weight_D.astype(x_RD.dtype).astype(jnp.float32), *gradients)
     axes = _common.varying_axes(x_RD, *gradients)
     dx_RD, dweight_ND = (_common.vary(x, axes) for x in results)
     return dx_RD, dweight_ND.sum(0).astype(weight_D.dtype)

@@ -1,4 +1,4 @@
-"""Shapes the operator must take: tests lower them, the benchmark times them."""
+"""Shapes the operator must take: tests lower them, experiments/bench/kernels.py times them."""
 
 from typing import NamedTuple
 

@@ -24,7 +24,7 @@ MAX_LINES = 16  # lines that a CTA sums at a time
 LINE = 128  # columns; one to a thread of a warpgroup
 VECTOR = 4  # columns that a thread loads and stores at a time, where lines allow it
 UNROLL = 4  # rows in flight
-FEW = 2  # blocks in flight beside rows: fewer registers, so more CTAs to an SM
+FEW = 2  # blocks in flight where rows are summed, too: fewer registers, so more CTAs to an SM
 
 
 def tile_lines(num_lines: int) -> int:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
 from pallas_kernels.skinny_ffn import reference
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, row_window, stream, whole_tiles
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, stream
 from pallas_kernels.skinny_gemm.mosaic import STAGES as DOWN_STAGES
 
 WIDE_STAGES = 4  # of three operands: two CTAs fit into an SM, as of the six of two
@@ -67,7 +67,7 @@ def _wide(x: Any, halves: Any, out: Any, tile: jax.Array, weights: Any, buffers:
       weights: one per row [64], or None.
       buffers: shared memory.
     """
-    rows = row_window(x.shape[0])
+    rows = _mosaic.row_window(x.shape[0])
 
     def load(i: jax.Array, stage: jax.Array) -> None:
         part, full = _piece(i), buffers.full.at[stage]
@@ -89,7 +89,9 @@ def _wide(x: Any, halves: Any, out: Any, tile: jax.Array, weights: Any, buffers:
     values = gate / (1 + jnp.exp(-gate)) * up
     if weights is not None:
         weights_M = plgpu.load(weights, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        values = values * lax.broadcast_in_dim(weights_M, values.shape, [0])
+        # What an expert makes of rows that don't select it may be anything.
+        weights = lax.broadcast_in_dim(weights_M, values.shape, [0])
+        values = jnp.where(weights == 0, 0.0, values * weights)
     _store(buffers, values, out, rows, _piece(tile))
 
 
@@ -121,7 +123,7 @@ def _down_kernel(ids_S: Any, x: Any, down: Any, out: Any, buffers: Buffers) -> N
     (num_experts, width, _), (parts, num_rows, columns) = down.shape, out.shape
     per_part, per_slot = ids_S.shape[0] // parts, width // PIECE
     part, tile = _mosaic.divmod_by(lax.axis_index("cta"), columns // PIECE)
-    first, rows = part * per_part, row_window(num_rows)
+    first, rows = part * per_part, _mosaic.row_window(num_rows)
     experts = [ids_S[first + q] for q in range(per_part)]
     # The list is in order: what is not in use stands at its end.
     used = sum((expert < num_experts).astype(jnp.int32) for expert in experts)
@@ -166,7 +168,7 @@ def _launch(kernel: Any, out: Any, buffers: Buffers, ctas: int, name: str, *oper
 def skinny_swiglu(x_MK: jax.Array, gate_KF: jax.Array, up_KF: jax.Array) -> jax.Array:
     """The public operator, arguments already checked."""
     rows, dtype, width = x_MK.shape[0], x_MK.dtype, gate_KF.shape[1]
-    x_MK = whole_tiles(x_MK)
+    x_MK = _mosaic.whole_tiles(x_MK)
     out_MF = _launch(
         _swiglu_kernel,
         jax.ShapeDtypeStruct((x_MK.shape[0], width), dtype),
@@ -219,7 +221,7 @@ def skinny_experts(
     hits_SMK = experts_MK[None] == ids_S[:, None, None]
     weights_SM = jnp.where(hits_SMK, gates_MK.astype(jnp.float32)[None], 0).sum(-1)
     weights_SM = jnp.pad(weights_SM, ((0, 0), (0, ROWS - M)))
-    x_MD = whole_tiles(x_MD)
+    x_MD = _mosaic.whole_tiles(x_MD)
     narrow_SMF = _launch(
         _wide_kernel,
         jax.ShapeDtypeStruct((slots, len(x_MD), F), dtype),

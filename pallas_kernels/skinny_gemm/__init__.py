@@ -3,6 +3,7 @@
 M rows, K contracted, N columns.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,13 @@ _MOSAIC_MULTIPLE = 64  # of K and N
 def _mosaic(*operands: jax.Array, **options: Any) -> jax.Array:
     from pallas_kernels.skinny_gemm import mosaic  # Pallas is only imported where it is used
 
-    return mosaic.skinny_gemm(*operands, **options)
+    if options["summed"]:
+        return mosaic.skinny_gemm(*operands, **options)
+    return _common.inference_only(
+        "skinny_gemm: only implementation='reference' has a gradient with summed=False",
+        functools.partial(mosaic.skinny_gemm, **options),
+        *operands,
+    )
 
 
 def _mosaic_misfit(x_MK: jax.Array, *matrices: jax.Array) -> str:
@@ -58,10 +65,12 @@ def skinny_gemm(
       x_MK: few rows; for many, this is no better than any product.
       *matrices: w_KN, each with its own N.
       ahead: matrices that a later launch reads. The kernel starts their way from memory into L2
-        when its own are read, for memory to work while small kernels run; results don't change.
+        when its own are read, for memory to work while small kernels run; results don't change, and
+        one whose sizes are no multiples of 64 is left out.
       out_dtype: of the results; None: that of the operands.
-      summed: False: the results' terms, in float32 at least, for `add_norm`. How many they are is a
-        function of shapes and the implementation. They have a gradient only in the reference.
+      summed: False: the results' terms, in float32 at least, for `add_norm` and `absorb_query`. How
+        many they are is a function of shapes and the implementation. They have a gradient only in
+        the reference.
       implementation: "reference"; "mosaic" for Hopper, 16-bit dtypes, 1 to 64 rows and K and N that
         are multiples of 64; None for "mosaic" where it runs and "reference" elsewhere. The gradient
         is the reference's.
@@ -87,6 +96,6 @@ def skinny_gemm(
     _common.require(
         jnp.issubdtype(out_dtype, jnp.floating), f"{name}: out_dtype is {out_dtype}, not a float"
     )
-    run = _common.choose(name, implementation, _IMPLEMENTATIONS, x_MK, *matrices, *ahead)
+    run = _common.choose(name, implementation, _IMPLEMENTATIONS, x_MK, *matrices)
     x_MK, *matrices = _common.vary_together(x_MK, *matrices)
     return run(x_MK, tuple(matrices), ahead=tuple(ahead), out_dtype=out_dtype, summed=summed)

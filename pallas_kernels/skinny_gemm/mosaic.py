@@ -2,8 +2,8 @@
 
 A CTA is one warpgroup and owns 64 columns of a matrix and one split of the contracted dimension. It
 loads both operands into a ring of stages, multiplies with all 64 rows that a wgmma has (those past
-M hold anything and go nowhere), and stores its sums in float32. XLA adds the splits in fixed order,
-within whatever reads the result.
+M hold anything and go nowhere), and stores its sums in float32. Who reads the result adds the
+splits, in fixed order: XLA, or the kernel that takes the terms.
 
 M rows; K contracted; N columns; S splits.
 """
@@ -22,7 +22,6 @@ from pallas_kernels import _common, _mosaic
 from pallas_kernels.skinny_gemm import reference
 
 ROWS = 64  # of a wgmma
-ROW_MULTIPLE = 8  # rows of a tile of swizzled shared memory
 PIECE = 64  # columns of a CTA, and entries of a step: a swizzled row of 16-bit numbers
 AHEAD_COLUMNS = 256, 128, 64  # of a copy into L2: the most that divide a matrix
 STAGES = 6  # steps in shared memory: two CTAs fit into an SM
@@ -45,21 +44,6 @@ def _buffer_types(dtype: Any) -> Buffers:
         sums=plgpu.SMEM((ROWS, PIECE), jnp.float32, transforms=_mosaic.tiled(jnp.float32)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     )
-
-
-def row_window(rows: int) -> Any:
-    """Slice of all rows in whole tiles; what a copy finds past the last one is zero, and is not
-    stored.
-    """
-    # Not a literal: where a slice ends is only checked of those.
-    first = pl.multiple_of(lax.axis_index("cta") * 0, ROW_MULTIPLE)
-    return pl.ds(first, -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE)
-
-
-def whole_tiles(x: jax.Array, axis: int = 0) -> jax.Array:
-    """x, with zeros up to whole tiles of rows where there is more than one: TMA takes no other."""
-    missing = -x.shape[axis] % ROW_MULTIPLE if x.shape[axis] > ROW_MULTIPLE else 0
-    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
 
 
 def stream(
@@ -95,7 +79,10 @@ def stream(
 def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array) -> None:
     """One CTA's columns and split of x w."""
     split, tile = _mosaic.divmod_by(cta, w.shape[1] // PIECE)
-    columns, rows = pl.ds(pl.multiple_of(tile * PIECE, PIECE), PIECE), row_window(x.shape[0])
+    columns, rows = (
+        pl.ds(pl.multiple_of(tile * PIECE, PIECE), PIECE),
+        _mosaic.row_window(x.shape[0]),
+    )
     in_use = pl.ds(0, rows.size)
 
     def load(i: jax.Array, stage: jax.Array) -> None:
@@ -167,7 +154,7 @@ Matrices = tuple[jax.Array, ...]
 
 def _terms(x_MK: jax.Array, matrices: Matrices, ahead: Matrices) -> Matrices:
     rows = x_MK.shape[0]
-    x_MK = whole_tiles(x_MK)
+    x_MK = _mosaic.whole_tiles(x_MK)
     padded, contracted = x_MK.shape
     widths = [w_KN.shape[1] for w_KN in matrices]
     parts = splits(contracted, sum(widths))
@@ -205,6 +192,8 @@ def skinny_gemm(
     x_MK: jax.Array, matrices: Matrices, *, ahead: Matrices, out_dtype: Any, summed: bool
 ) -> Matrices:
     """The public operator, arguments already checked."""
+    # A hint that the copies don't take is none.
+    ahead = tuple(w_KN for w_KN in ahead if all(n % PIECE == 0 for n in w_KN.shape))
     if not summed:
         return _terms(x_MK, matrices, ahead)
     return _products(x_MK, matrices, ahead, out_dtype)

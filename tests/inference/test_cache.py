@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longcat_jax.config import MeshConfig
 from longcat_jax.inference.cache import Cache, extend, prefill
-from longcat_jax.model.longcat import Sequence, TrunkOutput, trunk
+from longcat_jax.model.longcat import Sequence, TrunkOutput, decoding_params, trunk
+from longcat_jax.sharding import make_mesh
 from tests.golden.checkpoint import load_golden
 from tests.helpers import relative_error
 
@@ -77,3 +79,23 @@ def test_lengths_set_back_forget_tokens(passes) -> None:
     np.testing.assert_array_equal(hidden, outputs[-1])
     np.testing.assert_array_equal(cache.entries_LABSU, caches[-1].entries_LABSU)
     np.testing.assert_array_equal(cache.lengths_B, LENGTHS + CHUNK * STEPS)
+
+
+@pytest.mark.parametrize("rows, tokens, devices", [(65, 1, 1), (16, 5, 1), (2, 1, 2)])
+def test_sixteen_bits_take_many_tokens_and_several_devices(rows, tokens, devices) -> None:
+    """More than decoding's kernels take, where products come in terms all the same."""
+    results = {}
+    for dtype in ("bfloat16", "float32"):
+        config, params, expected = load_golden("tiny", dtype=dtype)
+        ids = jnp.asarray(np.resize(expected["ids"], (rows, 3 + tokens)), jnp.int32)
+        params = decoding_params(params, config)
+
+        def run(params, ids, config=config):
+            prompts = Sequence.whole_rows(ids[:, :3])
+            _, cache = prefill(params, config, prompts, capacity=64)
+            return extend(params, config, ids[:, 3:], cache)[0]
+
+        with jax.set_mesh(make_mesh(MeshConfig(data=devices))):
+            results[dtype] = np.asarray(jax.jit(run)(params, ids), np.float64)
+    error = np.linalg.norm(results["bfloat16"] - results["float32"], axis=-1)
+    assert np.median(error / np.linalg.norm(results["float32"], axis=-1)) <= 0.05

@@ -29,8 +29,9 @@ class Attention(NamedTuple):
 
 
 ATTENTIONS = {
-    # Tiles that the mask cuts, that are whole, and that no query sees.
+    # Tiles that the mask cuts, that are whole, and that no query sees; diagonals of one segment.
     "packed": Attention(140, 140, segments="packed"),
+    "one segment at the end": Attention(200, 200, widths=(64, 0, 64), segments="long end"),
     "offset": Attention(70, 333, widths=(64, 64, 128), offset=130, segments="packed"),
     "plain": Attention(300, 300, heads=2, dtype="float16"),
     "any ids": Attention(150, 150, widths=(64, 0, 64), segments="any"),
@@ -40,13 +41,15 @@ ATTENTIONS = {
 
 
 def segment_ids(kind: str, keys: int) -> jax.Array | None:
-    """Documents of several lengths, one token among them; or ids in no order."""
+    """Documents of several lengths, one token among them, and a last one of a token or long; or ids
+    in no order.
+    """
     if not kind:
         return None
     rng = np.random.default_rng(6)
     ids = rng.integers(0, 3, keys)
-    if kind == "packed":
-        starts = (0, 3, 4, 67, 70, keys - 1)
+    if kind != "any":
+        starts = (0, 3, 4, 67, 70) + ((keys - 1,) if kind == "packed" else ())
         ids = np.searchsorted(starts, np.arange(keys), side="right")
     return jnp.asarray(ids, jnp.int32)[None]
 

@@ -155,8 +155,12 @@ def test_mosaic_has_no_races(interpreted):
     assert result["races"] is False
 
 
+# Heads and tokens that don't fill tiles of rows.
+ODD = [shapes.LONG._replace(tokens=t, heads=h) for t, h in ((1, 12), (3, 6), (1, 1))]
+
+
 @pytest.mark.parametrize("page", [0, 64])
-@pytest.mark.parametrize("shape", [*shapes.PRODUCTION, shapes.LONG])
+@pytest.mark.parametrize("shape", [*shapes.PRODUCTION, shapes.LONG, *ODD])
 def test_mosaic_lowers_for_cuda(shape, page):
     batch, tokens, heads, entries, latent, rope = shape
     cache = spec(batch, entries, latent + rope)

@@ -102,13 +102,18 @@ def test_values_refuse(x, kv_b, value_dim):
 
 
 @pytest.mark.parametrize(
-    "dtype, tokens, rope, latent",
-    [("float32", 4, 64, 64), ("bfloat16", 65, 64, 64), ("bfloat16", 4, 32, 64)],
+    "dtype, tokens, rope, latent, width",
+    [
+        ("float32", 4, 64, 64, 128),
+        ("bfloat16", 65, 64, 64, 128),
+        ("bfloat16", 4, 32, 64, 128),
+        ("bfloat16", 4, 64, 64, 164),
+    ],
 )
-def test_mosaic_never_falls_back(dtype, tokens, rope, latent):
+def test_mosaic_never_falls_back(dtype, tokens, rope, latent, width):
     terms, angles = jnp.ones((2, tokens, 2 * (64 + rope))), jnp.ones((tokens, rope // 2))
-    kv_b = jnp.ones((latent, 2, 128), dtype)
-    message = f"and few terms, got {dtype} and float32, {tokens}, {rope}, 64 and {latent}, 2"
+    kv_b = jnp.ones((latent, 2, width), dtype)
+    message = f"few terms, got {dtype} and float32, {tokens}, {rope}, 64, {latent} and {width}, 2"
     with pytest.raises(ValueError, match=message):
         absorb_query(terms, kv_b, angles, angles, implementation="mosaic")
 

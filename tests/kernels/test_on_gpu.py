@@ -247,6 +247,7 @@ def test_train_step_uses_the_kernels_and_scatters_no_floats():
         "grouped_swiglu",
         "grouped_swiglu_gradient",
         "gather_rows",
+        "rms_norm_gradient",
         "scatter_add",
     )
     attention = ("flash_mla_forward", "flash_mla_keys", "flash_mla_queries")
@@ -273,7 +274,7 @@ def test_decoding_step_uses_the_kernels_and_is_as_exact_as_the_references(rows):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 640, (64, 48)), jnp.int32)
 
     def run(model):
-        params = longcat.working_params(raw, model)
+        params = longcat.decoding_params(raw, model)
         lowered = jax.jit(functools.partial(last_hidden, model)).lower(params, tokens[:rows])
         compiled = lowered.compile()
         parts = [compiled(params, part) for part in jnp.split(tokens, 64 // rows)]
@@ -284,7 +285,8 @@ def test_decoding_step_uses_the_kernels_and_is_as_exact_as_the_references(rows):
     with _common.kernels("reference"):
         plain = run(config.model)[0]
     fast, text = run(config.model)
-    kernels = "skinny_gemm", "skinny_swiglu", "skinny_experts", "mla_decode"
+    attention = "mla_decode", "mla_decode_join", "absorb_query", "expand_values"
+    kernels = "skinny_gemm", "skinny_swiglu", "skinny_experts", "add_norm", *attention
     assert not [name for name in kernels if name not in text]
 
     def errors(x):

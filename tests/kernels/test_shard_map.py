@@ -10,7 +10,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
+    absorb_query,
     add_norm,
+    expand_values,
     flash_mla,
     gather_combine,
     gather_rows,
@@ -19,7 +21,9 @@ from pallas_kernels import (
     mla_decode,
     rms_norm,
     scatter_add,
+    skinny_experts,
     skinny_gemm,
+    skinny_swiglu,
 )
 from pallas_kernels.add_norm import Rows
 from pallas_kernels.flash_mla import reference as flash_reference
@@ -93,6 +97,22 @@ OPERATORS = {
         draw(DEVICES, 5, 6),
     ),
     "skinny_gemm": (lambda w, x: skinny_gemm(x, w)[0], draw(6, 10), draw(DEVICES, 5, 6)),
+    "skinny_swiglu": (lambda w, x: skinny_swiglu(x, w, w), draw(6, 10), draw(DEVICES, 5, 6)),
+    "skinny_experts": (
+        lambda w, x: skinny_experts(x, draw(5, 2), integers(4, 5, 2), w, w[:, :3, :6]),
+        draw(4, 6, 6),
+        draw(DEVICES, 5, 6),
+    ),
+    "absorb_query": (
+        lambda w, x: absorb_query(x[None], w, draw(5, 2), draw(5, 2)),
+        draw(6, 2, 5),
+        draw(DEVICES, 5, 2 * 7),
+    ),
+    "expand_values": (
+        lambda w, x: expand_values(x, w, value_dim=3),
+        draw(6, 2, 5),
+        draw(DEVICES, 4, 2, 6),
+    ),
 }
 
 

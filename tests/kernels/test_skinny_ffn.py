@@ -41,8 +41,13 @@ def test_mosaic_equals_float64(interpreted, name):
 def test_a_case_refills_its_stages():
     case = interpreted_ffn.CASES["long"]
     assert case.model // mosaic.PIECE > 2 * mosaic.WIDE_STAGES
-    slots = case.experts
-    assert case.width // mosaic.PIECE * mosaic.per_part(slots, case.model) <= mosaic.DOWN_STAGES
+
+
+def test_a_case_refills_the_second_launch_s_stages(monkeypatch):
+    case = interpreted_ffn.CASES["many experts a CTA"]
+    monkeypatch.setattr(mosaic, "WAVE", case.wave)
+    each = mosaic.per_part(case.experts, case.model)
+    assert each > 2 and case.width // mosaic.PIECE * each > mosaic.DOWN_STAGES
 
 
 def test_mosaic_has_no_races(interpreted):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from longcat_jax.model.router import (
+    PARTS,
     Router,
     Routing,
     balance_loss,
     largest_by_comparison,
     largest_one_by_one,
+    product_parts,
     router_statistics,
     select,
     wide_product,
@@ -45,6 +47,18 @@ def _route(x, weights, config=CONFIG, **inputs):
 def _softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def test_parts_made_once_give_the_product_that_is_made_of_the_weights():
+    """In bfloat16, where a router's product takes three parts of its float32 weights."""
+    x, weights = _weights()
+    weights = {name: jnp.asarray(w, jnp.float32) for name, w in weights.items()}
+    config, x = dataclasses.replace(CONFIG, dtype="bfloat16"), jnp.asarray(x, jnp.bfloat16)
+    wanted = _route(x, weights, config)
+    got = _route(x, {**weights, PARTS: product_parts(weights["classifier"])}, config)
+    assert wanted.p_BTE.dtype == got.p_BTE.dtype == jnp.float32
+    np.testing.assert_allclose(got.p_BTE, wanted.p_BTE, rtol=1e-5)
+    np.testing.assert_array_equal(got.experts_BTK, wanted.experts_BTK)
 
 
 def test_gates_are_gamma_times_the_unbiased_p_of_the_top_k_of_p_plus_bias():
