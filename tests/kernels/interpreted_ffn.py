@@ -59,11 +59,10 @@ def ffn(case: Case, implementation: str) -> dict[str, Any]:
 
     def plain(x: Any, gate: Any, up: Any, gates: Any, gate_up: Any, down: Any) -> Any:
         dense, total = jax.nn.silu(x @ gate) * (x @ up), jnp.zeros_like(x)
-        for row, expert in np.ndindex(case.rows, X):
-            for k in np.flatnonzero(experts[row] == expert):
-                half, other = jnp.split(x[row] @ gate_up[expert], 2)
-                narrow = jax.nn.silu(half) * other * gates[row, k]
-                total = total.at[row].add(narrow @ down[expert])
+        for expert in range(X):
+            weights = jnp.where(experts == expert, gates, 0).sum(axis=1)
+            half, other = jnp.split(x @ gate_up[expert], 2, axis=1)
+            total += (jax.nn.silu(half) * other * weights[:, None]) @ down[expert]
         return dense, total
 
     operands = x, gate, up, gates, gate_up, down
