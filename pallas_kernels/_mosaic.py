@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 HOPPER_SMS = 132
 SWIZZLE_BYTES = 128
 TILE_ROWS = 8  # of swizzled shared memory
+WARPGROUP = 128  # threads
 
 
 def num_sms() -> int:
@@ -34,6 +35,16 @@ def tiled(
     """
     tiling = plgpu.TilingTransform((rows, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize))
     return tiling, plgpu.SwizzleTransform(SWIZZLE_BYTES)
+
+
+def spread(width: int, most: int) -> plgpu.Layout:
+    """Columns of a row over the threads of a warpgroup, up to `most` side by side, a power of 2, as
+    the width, a multiple of 128, allows.
+    """
+    vector = most
+    while width % (WARPGROUP * vector):
+        vector //= 2
+    return plgpu.Layout.WG_STRIDED((width,), vector)
 
 
 def row_window(rows: int) -> Any:

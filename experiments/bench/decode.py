@@ -22,7 +22,7 @@ import longcat_jax as lc
 from experiments.bench import timing, transformers_peer
 from longcat_jax.cli.config_file import load_config
 from longcat_jax.config import ModelConfig, ProxyConfig
-from longcat_jax.inference.generate import STRIDE, make_request
+from longcat_jax.inference.generate import make_request, steps_run
 from longcat_jax.model import count, longcat
 from longcat_jax.parameters import unbox
 
@@ -73,8 +73,7 @@ def measure(model: longcat.Model, prompts: np.ndarray, tokens: int) -> tuple[flo
         return statistics.median(times[1:])
 
     few, many = seconds(1), seconds(tokens)
-    steps = -(-(tokens - 1) // STRIDE) * STRIDE  # those past the last token run, too
-    return (many - few) / steps, few
+    return (many - few) / steps_run(tokens), few
 
 
 class Peer(NamedTuple):

@@ -101,6 +101,11 @@ def _append(state: LoopState, inputs: Inputs, logits_BW: jax.Array) -> LoopState
     )
 
 
+def steps_run(tokens: int) -> int:
+    """Decoding steps of so many tokens that no end id cuts short: whole strides after the first."""
+    return -(-(tokens - 1) // STRIDE) * STRIDE
+
+
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
 def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: int) -> LoopState:
     """The program: prefill, then a token per row and step until all have ended, and up to
@@ -108,7 +113,7 @@ def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: 
     """
     params = longcat.decoding_params(params, config)  # once, not in every step
     B, T = inputs.prompts.tokens_BT.shape
-    made = 1 + -(-(max_new_tokens - 1) // STRIDE) * STRIDE  # at most
+    made = 1 + steps_run(max_new_tokens)  # at most
     capacity = -(-(T + made) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     hidden_BTD, cache = prefill(params, config, inputs.prompts, capacity=capacity)
     last_B11 = cache.lengths_B[:, None, None] - 1

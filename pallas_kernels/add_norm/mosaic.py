@@ -14,14 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
 
-THREADS = 128
 LONGEST = 4  # numbers that a thread reads at once
 
 
 def _row(base: Any, terms: Any, weight: Any, total: Any, normed: Any, row: Any, eps: float) -> None:
     width, dtype = weight.shape[0], weight.dtype
-    fitting = (v for v in (LONGEST, 2, 1) if width % (THREADS * v) == 0)
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=next(fitting))
+    layout = _mosaic.spread(width, LONGEST)
 
     def read(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=layout, optimized=False)

@@ -3,19 +3,16 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels._common import accumulation_dtype
+from pallas_kernels.rms_norm.reference import rms_norm
 
 
 def _one(base: Any, terms: Any, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    dtype, total = weight_D.dtype, base
+    total = base
     if terms is not None:
-        sums = terms[..., : weight_D.shape[0]].sum(axis=0).astype(dtype)
+        sums = terms[..., : weight_D.shape[0]].sum(axis=0).astype(weight_D.dtype)
         total = sums if base is None else base + sums
-    wide = total.astype(accumulation_dtype(dtype))
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return total, (wide * scale).astype(dtype) * weight_D[None]
+    return rms_norm(total, weight_D, eps)
 
 
 def add_norm(

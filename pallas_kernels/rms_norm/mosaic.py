@@ -16,25 +16,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _common
+from pallas_kernels import _common, _mosaic
 from pallas_kernels.rms_norm import reference
 
 ROWS = 16
-THREADS = 128
 MAX_VECTOR = 8  # columns that a thread loads at a time, 16 bits each
-
-
-def _layout(width: int) -> Any:
-    """Columns spread over the threads, as many side by side as the width allows."""
-    vector = next(v for v in (MAX_VECTOR, 4, 2, 1) if width % (v * THREADS) == 0)
-    return plgpu.Layout.WG_STRIDED((width,), vector)
 
 
 def _gradient_kernel(
     x: Any, weight: Any, dpassed: Any, dnormed: Any, dx: Any, dweight: Any, *, eps: float
 ) -> None:
     num_rows, width = x.shape
-    block, layout = lax.axis_index("block"), _layout(width)
+    block, layout = lax.axis_index("block"), _mosaic.spread(width, MAX_VECTOR)
     first = block * ROWS
     last = jnp.minimum(first + ROWS, num_rows) - 1
     load = functools.partial(plgpu.load, layout=layout)

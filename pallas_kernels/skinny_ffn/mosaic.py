@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
 from pallas_kernels.skinny_ffn import reference
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, stream
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, piece, stream
 from pallas_kernels.skinny_gemm.mosaic import STAGES as DOWN_STAGES
 
 WIDE_STAGES = 4  # of three operands: two CTAs fit into an SM, as of the six of two
@@ -52,10 +52,6 @@ def _store(buffers: Buffers, values: jax.Array, out: Any, rows: Any, columns: An
     plgpu.wait_smem_to_gmem(0)
 
 
-def _piece(index: jax.Array) -> Any:
-    return pl.ds(pl.multiple_of(index * PIECE, PIECE), PIECE)
-
-
 def _wide(x: Any, halves: Any, out: Any, tile: jax.Array, weights: Any, buffers: Buffers) -> None:
     """One CTA's columns of silu(x gate) * (x up), times the rows' weights.
 
@@ -70,7 +66,7 @@ def _wide(x: Any, halves: Any, out: Any, tile: jax.Array, weights: Any, buffers:
     rows = _mosaic.row_window(x.shape[0])
 
     def load(i: jax.Array, stage: jax.Array) -> None:
-        part, full = _piece(i), buffers.full.at[stage]
+        part, full = piece(i), buffers.full.at[stage]
         for (matrix, columns), buffer in zip(halves(tile), buffers.matrices, strict=True):
             plgpu.copy_gmem_to_smem(matrix.at[part, columns], buffer.at[stage], full)
         to = buffers.x.at[stage, pl.ds(0, rows.size)]
@@ -92,12 +88,12 @@ def _wide(x: Any, halves: Any, out: Any, tile: jax.Array, weights: Any, buffers:
         # What an expert makes of rows that don't select it may be anything.
         weights = lax.broadcast_in_dim(weights_M, values.shape, [0])
         values = jnp.where(weights == 0, 0.0, values * weights)
-    _store(buffers, values, out, rows, _piece(tile))
+    _store(buffers, values, out, rows, piece(tile))
 
 
 def _swiglu_kernel(x: Any, gate: Any, up: Any, out: Any, buffers: Buffers) -> None:
     def halves(tile: jax.Array) -> Any:
-        return (gate, _piece(tile)), (up, _piece(tile))
+        return (gate, piece(tile)), (up, piece(tile))
 
     _wide(x, halves, out, lax.axis_index("cta"), None, buffers)
 
@@ -114,7 +110,7 @@ def _wide_kernel(
         matrix = gate_up.at[expert]
 
         def halves(tile: jax.Array) -> Any:
-            return (matrix, _piece(tile)), (matrix, _piece(tile + tiles))
+            return (matrix, piece(tile)), (matrix, piece(tile + tiles))
 
         _wide(x, halves, out.at[slot], tile, weights_SM.at[slot], buffers)
 
@@ -129,16 +125,14 @@ def _down_kernel(ids_S: Any, x: Any, down: Any, out: Any, buffers: Buffers) -> N
     used = sum((expert < num_experts).astype(jnp.int32) for expert in experts)
 
     def load(i: jax.Array, stage: jax.Array) -> None:
-        q, piece = _mosaic.divmod_by(i, per_slot)
+        q, step = _mosaic.divmod_by(i, per_slot)
         expert, full = experts[0], buffers.full.at[stage]
         for other in range(1, per_part):
             expert = jnp.where(q == other, experts[other], expert)
         (buffer,) = buffers.matrices
-        plgpu.copy_gmem_to_smem(
-            down.at[expert, _piece(piece), _piece(tile)], buffer.at[stage], full
-        )
+        plgpu.copy_gmem_to_smem(down.at[expert, piece(step), piece(tile)], buffer.at[stage], full)
         to = buffers.x.at[stage, pl.ds(0, rows.size)]
-        plgpu.copy_gmem_to_smem(x.at[first + q, rows, _piece(piece)], to, full)
+        plgpu.copy_gmem_to_smem(x.at[first + q, rows, piece(step)], to, full)
 
     def multiply(sums: Any) -> jax.Array:
         def product(stage: jax.Array) -> None:
@@ -148,7 +142,7 @@ def _down_kernel(ids_S: Any, x: Any, down: Any, out: Any, buffers: Buffers) -> N
         return sums[...]
 
     sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
-    _store(buffers, sums, out.at[part], rows, _piece(tile))
+    _store(buffers, sums, out.at[part], rows, piece(tile))
 
 
 def _launch(kernel: Any, out: Any, buffers: Buffers, ctas: int, name: str, *operands: Any) -> Any:
@@ -214,8 +208,10 @@ def skinny_experts(
 ) -> jax.Array:
     """The public operator, arguments already checked."""
     (M, K), (X, F, D), dtype = experts_MK.shape, down_XFD.shape, x_MD.dtype
-    groups = pl.cdiv(min(M * K, X), per_part(min(M * K, X), D))
-    slots = groups * per_part(min(M * K, X), D)
+    most = min(M * K, X)
+    each = per_part(most, D)
+    groups = pl.cdiv(most, each)
+    slots = groups * each
     experts_MK = experts_MK.astype(jnp.int32)
     ids_S = experts_in_use(experts_MK, X, slots)
     hits_SMK = experts_MK[None] == ids_S[:, None, None]

@@ -46,6 +46,11 @@ def _buffer_types(dtype: Any) -> Buffers:
     )
 
 
+def piece(index: Any) -> Any:
+    """Slice of PIECE columns or entries."""
+    return pl.ds(pl.multiple_of(index * PIECE, PIECE), PIECE)
+
+
 def stream(
     steps: Any, full: Any, load: Callable[..., None], multiply: Callable[..., None], products: int
 ) -> None:
@@ -79,14 +84,11 @@ def stream(
 def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array) -> None:
     """One CTA's columns and split of x w."""
     split, tile = _mosaic.divmod_by(cta, w.shape[1] // PIECE)
-    columns, rows = (
-        pl.ds(pl.multiple_of(tile * PIECE, PIECE), PIECE),
-        _mosaic.row_window(x.shape[0]),
-    )
+    columns, rows = piece(tile), _mosaic.row_window(x.shape[0])
     in_use = pl.ds(0, rows.size)
 
     def load(i: jax.Array, stage: jax.Array) -> None:
-        part = pl.ds(pl.multiple_of((split * steps + i) * PIECE, PIECE), PIECE)
+        part = piece(split * steps + i)
         full = buffers.full.at[stage]
         plgpu.copy_gmem_to_smem(w.at[part, columns], buffers.w.at[stage], full)
         plgpu.copy_gmem_to_smem(x.at[rows, part], buffers.x.at[stage, in_use], full)
@@ -115,7 +117,7 @@ def _send_ahead(matrices: Any, cta: jax.Array, ctas: int) -> None:
             row, column = _mosaic.divmod_by(cta + i * ctas, matrix.shape[1] // width)
             plgpu.async_prefetch(
                 matrix.at[
-                    pl.ds(pl.multiple_of(row * PIECE, PIECE), PIECE),
+                    piece(row),
                     pl.ds(pl.multiple_of(column * width, width), width),
                 ]
             )
