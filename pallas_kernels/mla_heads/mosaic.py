@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, stream
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, piece, stream
 
 PAIRS = PIECE // 2
 MATRIX = plgpu.Layout.WGMMA
@@ -71,22 +71,19 @@ def _query_kernel(
     rows = _mosaic.row_window(num_rows)
     used = pl.ds(0, rows.size)
 
-    def columns(start: Any) -> Any:
-        return pl.ds(pl.multiple_of(start, PIECE), PIECE)
-
-    def load_terms(piece: int, full: Any) -> None:
-        place = columns(head * ((pieces + 1) * PIECE) + piece * PIECE)
+    def load_terms(p: int, full: Any) -> None:
+        place = piece(head * (pieces + 1) + p)
         for s in range(num_terms):
-            to = buffers.terms.at[piece, s, used]
+            to = buffers.terms.at[p, s, used]
             plgpu.copy_gmem_to_smem(terms.at[s, rows, place], to, full)
 
-    def add_terms(piece: int) -> None:
-        parts = (plgpu.load(buffers.terms.at[piece, s], layout=MATRIX) for s in range(num_terms))
+    def add_terms(p: int) -> None:
+        parts = (plgpu.load(buffers.terms.at[p, s], layout=MATRIX) for s in range(num_terms))
         sums = functools.reduce(jnp.add, parts).astype(buffers.x.dtype)
-        buffers.x[piece] = sums
+        buffers.x[p] = sums
 
     for p in range(pieces):
-        window = columns(tile * PIECE), head, pl.ds(p * PIECE, PIECE)
+        window = piece(tile), head, pl.ds(p * PIECE, PIECE)
         plgpu.copy_gmem_to_smem(kv_b.at[window], buffers.matrices.at[p], buffers.latent_full)
         load_terms(p, buffers.latent_full)
 
@@ -111,7 +108,7 @@ def _query_kernel(
     latent = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
     buffers.out[...] = latent.astype(buffers.out.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffers.out.at[used], out.at[rows, head, columns(tile * PIECE)])
+    plgpu.copy_smem_to_gmem(buffers.out.at[used], out.at[rows, head, piece(tile)])
 
     @pl.when(tile == 0)
     def _() -> None:
@@ -171,12 +168,9 @@ def _value_kernel(x: Any, kv_b: Any, out: Any, buffers: ValueBuffers) -> None:
     rows = _mosaic.row_window(num_rows)
     used = pl.ds(0, rows.size)
 
-    def columns(start: jax.Array) -> Any:
-        return pl.ds(pl.multiple_of(start, PIECE), PIECE)
-
     def load(i: jax.Array, stage: jax.Array) -> None:
-        part, full = columns(i * PIECE), buffers.full.at[stage]
-        window = part, head, columns(tile * PIECE + (width - value_dim))
+        part, full = piece(i), buffers.full.at[stage]
+        window = part, head, piece(tile + (width - value_dim) // PIECE)
         plgpu.copy_gmem_to_smem(kv_b.at[window], buffers.w.at[stage], full)
         plgpu.copy_gmem_to_smem(x.at[rows, head, part], buffers.x.at[stage, used], full)
 
@@ -190,7 +184,7 @@ def _value_kernel(x: Any, kv_b: Any, out: Any, buffers: ValueBuffers) -> None:
     values = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
     buffers.out[...] = values.astype(buffers.out.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffers.out.at[used], out.at[rows, head, columns(tile * PIECE)])
+    plgpu.copy_smem_to_gmem(buffers.out.at[used], out.at[rows, head, piece(tile)])
     plgpu.wait_smem_to_gmem(0)
 
 
