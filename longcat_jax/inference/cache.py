@@ -16,8 +16,9 @@ from longcat_jax.model.block import DecodingBlock
 from longcat_jax.model.embed import embed
 from longcat_jax.model.longcat import Params, Sequence, trunk
 from longcat_jax.model.mla import AttentionInput, LatentCache
-from longcat_jax.model.norm import rms_norm
+from longcat_jax.model.norm import add_norm
 from longcat_jax.model.rope import rope_table
+from pallas_kernels.add_norm import Rows
 
 
 @struct.dataclass
@@ -61,19 +62,24 @@ def extend(
     tokens = AttentionInput(rope_table(c, positions_BT))
     lengths_B = cache.lengths_B + T
 
-    def layer(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple:
+    def layer(index: jax.Array, carry: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Of weights and cache a kernel takes a layer's part by its address, which XLA knows from
         # the loop's index. The cache is updated in place, never copied.
-        x_BTD, entries_RSU = carry
+        x_BTD, terms_SBTD, entries_RSU = carry
         weights = jax.tree.map(
             lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), params["layers"]
         )
         latents = LatentCache(entries_RSU, lengths_B, index * (A * B))
-        x_BTD, latents = DecodingBlock(c).apply({"params": weights}, x_BTD, tokens, latents)
-        return x_BTD, latents.entries_RSU
+        x_BTD, terms_SBTD, latents = DecodingBlock(c).apply(
+            {"params": weights}, x_BTD, terms_SBTD, tokens, latents
+        )
+        return x_BTD, terms_SBTD, latents.entries_RSU
 
     x_BTD = embed(params["embed_tokens"], tokens_BT, jnp.dtype(c.dtype))
     entries_RSU = cache.entries_LABSU.reshape(L * A * B, S, U)
-    x_BTD, entries_RSU = jax.lax.fori_loop(0, L, layer, (x_BTD, entries_RSU))
-    hidden_BTD = rms_norm(x_BTD, params["norm"], c.rms_norm_eps)
+    _, terms, _ = jax.eval_shape(layer, jnp.int32(0), (x_BTD, None, entries_RSU))
+    start = x_BTD, jnp.zeros(terms.shape, terms.dtype), entries_RSU
+    x_BTD, terms_SBTD, entries_RSU = jax.lax.fori_loop(0, L, layer, start)
+    last = Rows(params["norm"].astype(c.dtype), x_BTD, terms_SBTD)
+    ((_, hidden_BTD),) = add_norm(last, eps=c.rms_norm_eps)
     return hidden_BTD, Cache(entries_RSU.reshape(L, A, B, S, U), lengths_B)

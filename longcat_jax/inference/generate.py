@@ -31,6 +31,7 @@ from longcat_jax.inference.sampling import (
 )
 from longcat_jax.model import longcat
 from longcat_jax.model.longcat import Model, Params
+from longcat_jax.parallel import compiler
 
 MIN_PROMPT_LENGTH = 16
 """Shortest padded prompt; the others are its doubles."""
@@ -106,7 +107,9 @@ def steps_run(tokens: int) -> int:
     return -(-(tokens - 1) // STRIDE) * STRIDE
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "max_new_tokens"), compiler_options=compiler.DECODING
+)
 def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: int) -> LoopState:
     """The program: prefill, then a token per row and step until all have ended, and up to
     STRIDE - 1 steps more.

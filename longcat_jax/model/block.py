@@ -68,41 +68,41 @@ class Block(nn.Module):
 
 class DecodingBlock(nn.Module):
     """The same function of the same parameters, over a cache and in few launches: a step of few
-    tokens waits for these and for the weights, which are on their way before they are asked for.
+    tokens waits for these and for the weights.
+
+    The residual stream comes and goes as two summands, which the next norm adds up: what stands at
+    its end before the last product does, and that product's terms.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, tokens: AttentionInput, cache: LatentCache
-    ) -> tuple[jax.Array, LatentCache]:
-        """[B, T, D] -> ([B, T, D], what either attention has written); the cache is the first
-        attention's, the second's rows follow.
+        self,
+        x_BTD: jax.Array,
+        terms_SBTD: jax.Array | None,
+        tokens: AttentionInput,
+        cache: LatentCache,
+    ) -> tuple[jax.Array, jax.Array, LatentCache]:
+        """([B, T, D], [S, B, T, D] or None, ...) -> (the same, what either attention has written);
+        the cache is the first attention's, the second's rows follow.
         """
         c, dtype = self.config, x_BTD.dtype
 
-        def norm(name: str, x: jax.Array, terms: jax.Array | None = None) -> tuple:
+        def norm(name: str, x: jax.Array, terms: jax.Array | None) -> tuple:
             weight = self.param(name, norm_weight(c), (c.hidden_size,)).astype(dtype)
             return add_norm(Rows(weight, x, terms), eps=c.rms_norm_eps)[0]
 
-        def ahead(module: str, *names: str) -> tuple[jax.Array, ...]:
-            return tuple(self.variables["params"][module][n].astype(dtype) for n in names)
-
         def attention(i: int, h_BTD: jax.Array, cache: LatentCache) -> tuple:
-            later = ahead(f"mlps_{i}", "gate_proj", "up_proj")
-            mla = MLA(c, name=f"self_attn_{i}")
-            return mla(h_BTD, tokens, cache, ahead=later, summed=False)
+            return MLA(c, name=f"self_attn_{i}")(h_BTD, tokens, cache, summed=False)
 
-        x_BTD, h_BTD = norm("input_layernorm_0", x_BTD)
+        x_BTD, h_BTD = norm("input_layernorm_0", x_BTD, terms_SBTD)
         terms_SBTD, cache = attention(0, h_BTD, cache)
         x_BTD, h_BTD = norm("post_attention_layernorm_0", x_BTD, terms_SBTD)
         shortcut, *_ = MoE(c, name="mlp")(h_BTD)
-        later = ahead("self_attn_1", "q_a_proj", "kv_a_proj_with_mqa")
-        terms_SBTD = FFN(c, name="mlps_0")(h_BTD, ahead=later, summed=False)
+        terms_SBTD = FFN(c, name="mlps_0")(h_BTD, summed=False)
         x_BTD, h_BTD = norm("input_layernorm_1", x_BTD, terms_SBTD)
         cache = cache.replace(first_row=cache.first_row + x_BTD.shape[0])
         terms_SBTD, cache = attention(1, h_BTD, cache)
         x_BTD, h_BTD = norm("post_attention_layernorm_1", x_BTD, terms_SBTD)
-        x_BTD += FFN(c, name="mlps_1")(h_BTD)
-        return x_BTD + shortcut, cache
+        return x_BTD + shortcut, FFN(c, name="mlps_1")(h_BTD, summed=False), cache

@@ -25,7 +25,6 @@ def _few(x: jax.Array) -> bool:
 def products(
     x: jax.Array,
     *matrices: jax.Array,
-    ahead: tuple[jax.Array, ...] = (),
     out_dtype: Any = None,
     summed: bool = True,
 ) -> tuple[jax.Array, ...]:
@@ -34,7 +33,6 @@ def products(
     Args:
       x: [..., D].
       *matrices: of the dtype of x.
-      ahead: matrices that are read next, see `skinny_gemm`.
       out_dtype: at least that of x; None: the same.
       summed: False: terms [S, ..., N] of the results in float32 at least, for `add_norm` and
         `absorb_query`.
@@ -44,7 +42,7 @@ def products(
         out = tuple(jnp.matmul(x, w_DN, preferred_element_type=dtype) for w_DN in matrices)
         return out if summed else tuple(out_XN[None] for out_XN in out)
     rows, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    out = skinny_gemm(rows, *matrices, ahead=ahead, out_dtype=out_dtype, summed=summed)
+    out = skinny_gemm(rows, *matrices, out_dtype=out_dtype, summed=summed)
     return tuple(o.reshape(*o.shape[:-2], *lead, o.shape[-1]) for o in out)
 
 

@@ -1,7 +1,5 @@
 """Dense SwiGLU FFN. B batch, T tokens, D model, F ffn width."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 
@@ -15,10 +13,11 @@ def ffn(
     gate_DF: jax.Array,
     up_DF: jax.Array,
     down_FD: jax.Array,
-    **options: Any,
+    *,
+    summed: bool = True,
 ) -> jax.Array:
-    """W_down(silu(W_gate x) * W_up x), with the options of `dense` for the last product."""
-    return dense(swiglu(x, gate_DF, up_DF), down_FD, **options)
+    """W_down(silu(W_gate x) * W_up x), or the terms of the last product (`products`)."""
+    return dense(swiglu(x, gate_DF, up_DF), down_FD, summed=summed)
 
 
 class FFN(nn.Module):
@@ -27,11 +26,11 @@ class FFN(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, **options: Any) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; options of `ffn`."""
+    def __call__(self, x_BTD: jax.Array, *, summed: bool = True) -> jax.Array:
+        """[B, T, D] -> [B, T, D], or [S, B, T, D] terms of it."""
         c, dtype = self.config, x_BTD.dtype
         wide = (c.hidden_size, c.ffn_hidden_size)
         gate = self.param("gate_proj", matrix(c, "hidden_size", "embed", None), wide)
         up = self.param("up_proj", matrix(c, "hidden_size", "embed", None), wide)
         down = self.param("down_proj", matrix(c, "ffn_hidden_size", None, "embed"), wide[::-1])
-        return ffn(x_BTD, gate.astype(dtype), up.astype(dtype), down.astype(dtype), **options)
+        return ffn(x_BTD, gate.astype(dtype), up.astype(dtype), down.astype(dtype), summed=summed)

@@ -9,7 +9,6 @@ rank, N nope dim, P rope dim, V value dim, U = C + P the cached width.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -166,7 +165,6 @@ def absorbed(
     weights: dict,
     tokens: AttentionInput,
     cache: LatentCache,
-    ahead: tuple[jax.Array, ...] = (),
     summed: bool = True,
 ) -> tuple[jax.Array, LatentCache]:
     """Writes the T tokens to the cache and attends over it.
@@ -177,19 +175,14 @@ def absorbed(
       weights: of the attention.
       tokens: positions.
       cache: whose lengths include these tokens.
-      ahead: weights that are read next.
       summed: False: not the output, but its terms.
 
     Returns:
       output [B, T, D] or terms [S, B, T, D], and the cache.
     """
     c, (B, T, _) = config, x_BTD.shape
-    down, up = ("q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj", "kv_b_proj")
-    # Between its products attention is many small kernels: memory works ahead.
-    later = tuple(weights[name] for name in up)
-    low_SBTQ, low_SBTU = products(
-        x_BTD, *(weights[name] for name in down), ahead=later, summed=False
-    )
+    down = weights["q_a_proj"], weights["kv_a_proj_with_mqa"]
+    low_SBTQ, low_SBTU = products(x_BTD, *down, summed=False)
     (_, low_BTQ), (_, low_BTC) = add_norm(
         Rows(weights["q_a_layernorm"], terms_SMN=low_SBTQ),
         Rows(weights["kv_a_layernorm"], terms_SMN=low_SBTU),
@@ -197,8 +190,7 @@ def absorbed(
     )
     k_rope_BTP = low_SBTU[..., c.kv_lora_rank :].sum(0).astype(x_BTD.dtype)
     cache = _write(cache, _latent(c, low_BTC, k_rope_BTP, tokens.rope))
-    later = (weights["o_proj"],)
-    (terms_SBTX,) = products(low_BTQ, weights["q_b_proj"], ahead=later, summed=False)
+    (terms_SBTX,) = products(low_BTQ, weights["q_b_proj"], summed=False)
     kv_b_CHY = weights["kv_b_proj"].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
     implementation = whole_implementation()
     q_MHU = absorb_query(
@@ -222,7 +214,7 @@ def absorbed(
         implementation=implementation,
     )
     out_BTX = out_BTHV.reshape(B, T, -1)
-    return dense(out_BTX, weights["o_proj"], ahead=ahead, summed=summed), cache
+    return dense(out_BTX, weights["o_proj"], summed=summed), cache
 
 
 class MLA(nn.Module):
@@ -236,10 +228,11 @@ class MLA(nn.Module):
         x_BTD: jax.Array,
         tokens: AttentionInput,
         cache: LatentCache | None = None,
-        **options: Any,
+        *,
+        summed: bool = True,
     ) -> tuple[jax.Array, jax.Array | LatentCache]:
         """-> (output [B, T, D], latent [B, T, U] of these tokens or the cache with them written);
-        options of `absorbed` where there is a cache.
+        with a cache and not `summed`, the output's terms [S, B, T, D].
         """
         c = self.config
         D, Q, C, U, H = (
@@ -269,4 +262,4 @@ class MLA(nn.Module):
         weights = {name: w.astype(x_BTD.dtype) for name, w in weights.items()}
         if cache is None:
             return expanded(c, x_BTD, weights, tokens)
-        return absorbed(c, x_BTD, weights, tokens, cache, **options)
+        return absorbed(c, x_BTD, weights, tokens, cache, summed=summed)

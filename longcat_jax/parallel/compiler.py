@@ -18,6 +18,12 @@ OVERLAP = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
 }
+DECODING = {
+    # The kernels of a step become a graph of what needs what: a block's experts run beside its
+    # second attention and its FFNs (section 2.1.2). By default one waits for the other.
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
+"""Of generate.run; other platforms than GPUs pass over them."""
 
 
 def compiler_options(mesh: Mesh, *, deterministic: bool) -> dict[str, int]:

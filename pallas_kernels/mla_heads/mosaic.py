@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, piece, stream
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, Stream, piece
 
 PAIRS = PIECE // 2
 MATRIX = plgpu.Layout.WGMMA
@@ -174,11 +174,15 @@ def _value_kernel(x: Any, kv_b: Any, out: Any, buffers: ValueBuffers) -> None:
         plgpu.copy_gmem_to_smem(kv_b.at[window], buffers.w.at[stage], full)
         plgpu.copy_gmem_to_smem(x.at[rows, head, part], buffers.x.at[stage, used], full)
 
+    steps = latent_dim // PIECE
+    stream = Stream(steps, buffers.full, load)
+    stream.start()
+
     def multiply(sums: Any) -> jax.Array:
         def product(stage: jax.Array) -> None:
             plgpu.wgmma(sums, buffers.x.at[stage], buffers.w.at[stage])
 
-        stream(latent_dim // PIECE, buffers.full, load, product, 1)
+        stream.multiply(0, steps, product, 1)
         return sums[...]
 
     values = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))

@@ -1,14 +1,17 @@
-"""The operators for Hopper: every weight in use is read once, by a CTA of its own.
+"""The operators for Hopper: every weight in use is read once, as fast as memory gives.
 
-The first launch owns 64 columns of both halves to a CTA and writes what stands between an expert's
-two products; the second adds up what some experts give for 64 columns. All rows are multiplied with
-every expert in use: a wgmma has 64 anyway, and it is the weights that take time. Which experts are
-in use is a short list, in order of their ids, that both launches read.
+All rows are multiplied with every expert in use: a wgmma has 64 anyway, and it is the weights that
+take time. Which experts are in use is a short list, in order of their ids, that both launches read:
+the first gives what stands between an expert's two products, the second what each expert gives. A
+piece of work is 64 columns of an expert's result. A CTA does one after the other, the next one's
+weights on their way while it ends the last; an SM has one CTA of an expert, so that there is
+room for the kernels of the block's other path beside it.
 
-M rows; D model, F expert width; X experts; S slots of the list; G parts of it, Q slots in each.
+M rows; D model, F expert width; X experts; S slots of the list.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
 from pallas_kernels.skinny_ffn import reference
-from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, piece, stream
+from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, Stream, piece
 from pallas_kernels.skinny_gemm.mosaic import STAGES as DOWN_STAGES
 
-WIDE_STAGES = 4  # of three operands: two CTAs fit into an SM, as of the six of two
-WAVE = 2 * _mosaic.HOPPER_SMS  # CTAs that run at once
+WIDE_STAGES = 4  # of three operands; as many bytes as the six of two
 
 
 class Buffers(NamedTuple):
@@ -45,104 +47,109 @@ def _buffer_types(dtype: Any, out_dtype: Any, stages: int, matrices: int) -> Buf
     )
 
 
-def _store(buffers: Buffers, values: jax.Array, out: Any, rows: Any, columns: Any) -> None:
-    buffers.out[...] = values.astype(buffers.out.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffers.out.at[pl.ds(0, rows.size)], out.at[rows, columns])
+def _work(
+    buffers: Buffers,
+    pieces: tuple[Any, int],
+    steps: int,
+    sources: Callable[..., tuple[Any, ...]],
+    finish: Callable[..., tuple[jax.Array, Any]],
+) -> None:
+    """Every so many-th piece of work, by this CTA.
+
+    Args:
+      buffers: shared memory.
+      pieces: slots in use, an int or traced, and tiles of 64 columns in each.
+      steps: of 64 contracted numbers in a piece.
+      sources: (slot, tile, step) -> windows of the rows and of every matrix.
+      finish: (slot, tile, sums of every matrix) -> a result and the window that it belongs to.
+    """
+    (slots, tiles), ctas = pieces, lax.axis_size("cta")
+    cta = lax.axis_index("cta")
+    mine = lax.div(slots * tiles - cta + (ctas - 1), jnp.int32(ctas))
+
+    def place(n: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _mosaic.divmod_by(cta + n * ctas, tiles)
+
+    def load(i: jax.Array, stage: jax.Array) -> None:
+        n, step = _mosaic.divmod_by(i, steps)
+        x, *matrices = sources(*place(n), step)
+        full = buffers.full.at[stage]
+        for matrix, buffer in zip(matrices, buffers.matrices, strict=True):
+            plgpu.copy_gmem_to_smem(matrix, buffer.at[stage], full)
+        plgpu.copy_gmem_to_smem(x, buffers.x.at[stage, pl.ds(0, x.shape[0])], full)
+
+    stream = Stream(mine * steps, buffers.full, load)
+    stream.start()
+
+    def one(n: jax.Array, _: None) -> None:
+        def multiply(*sums: Any) -> tuple[jax.Array, ...]:
+            def products(stage: jax.Array) -> None:
+                for part, buffer in zip(sums, buffers.matrices, strict=True):
+                    plgpu.wgmma(part, buffers.x.at[stage], buffer.at[stage])
+
+            stream.multiply(n * steps, (n + 1) * steps, products, len(sums))
+            return tuple(part[...] for part in sums)
+
+        acc = plgpu.ACC((ROWS, PIECE), jnp.float32)
+        sums = pl.run_scoped(multiply, *(acc for _ in buffers.matrices))
+        values, out = finish(*place(n), *sums)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the result before
+        buffers.out[...] = values.astype(buffers.out.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffers.out.at[pl.ds(0, out.shape[0])], out)
+
+    lax.fori_loop(jnp.int32(0), mine, one, None)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _wide(x: Any, halves: Any, out: Any, tile: jax.Array, weights: Any, buffers: Buffers) -> None:
-    """One CTA's columns of silu(x gate) * (x up), times the rows' weights.
-
-    Args:
-      x: [M, K].
-      halves: tile -> (gate, up), each a ref [K, N] and its columns of the tile.
-      out: [M, F].
-      tile: 64 columns.
-      weights: one per row [64], or None.
-      buffers: shared memory.
-    """
-    rows = _mosaic.row_window(x.shape[0])
-
-    def load(i: jax.Array, stage: jax.Array) -> None:
-        part, full = piece(i), buffers.full.at[stage]
-        for (matrix, columns), buffer in zip(halves(tile), buffers.matrices, strict=True):
-            plgpu.copy_gmem_to_smem(matrix.at[part, columns], buffer.at[stage], full)
-        to = buffers.x.at[stage, pl.ds(0, rows.size)]
-        plgpu.copy_gmem_to_smem(x.at[rows, part], to, full)
-
-    def multiply(*sums: Any) -> tuple[jax.Array, ...]:
-        def products(stage: jax.Array) -> None:
-            for part, buffer in zip(sums, buffers.matrices, strict=True):
-                plgpu.wgmma(part, buffers.x.at[stage], buffer.at[stage])
-
-        stream(x.shape[1] // PIECE, buffers.full, load, products, 2)
-        return tuple(part[...] for part in sums)
-
-    acc = plgpu.ACC((ROWS, PIECE), jnp.float32)
-    gate, up = pl.run_scoped(multiply, acc, acc)
-    values = gate / (1 + jnp.exp(-gate)) * up
-    if weights is not None:
-        weights_M = plgpu.load(weights, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        # What an expert makes of rows that don't select it may be anything.
-        weights = lax.broadcast_in_dim(weights_M, values.shape, [0])
-        values = jnp.where(weights == 0, 0.0, values * weights)
-    _store(buffers, values, out, rows, piece(tile))
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate / (1 + jnp.exp(-gate)) * up
 
 
 def _swiglu_kernel(x: Any, gate: Any, up: Any, out: Any, buffers: Buffers) -> None:
-    def halves(tile: jax.Array) -> Any:
-        return (gate, piece(tile)), (up, piece(tile))
+    rows = _mosaic.row_window(x.shape[0])
 
-    _wide(x, halves, out, lax.axis_index("cta"), None, buffers)
+    def sources(_: jax.Array, tile: jax.Array, step: jax.Array) -> tuple[Any, ...]:
+        window = piece(step), piece(tile)
+        return x.at[rows, piece(step)], gate.at[window], up.at[window]
+
+    def finish(_: jax.Array, tile: jax.Array, *sums: jax.Array) -> tuple[jax.Array, Any]:
+        return _swiglu(*sums), out.at[rows, piece(tile)]
+
+    _work(buffers, (1, out.shape[1] // PIECE), x.shape[1] // PIECE, sources, finish)
 
 
 def _wide_kernel(
-    ids_S: Any, weights_SM: Any, x: Any, gate_up: Any, out: Any, buffers: Buffers
+    ids_S: Any, used: Any, weights_SM: Any, x: Any, gate_up: Any, out: Any, buffers: Buffers
 ) -> None:
-    num_experts, tiles = gate_up.shape[0], out.shape[2] // PIECE
-    slot, tile = _mosaic.divmod_by(lax.axis_index("cta"), tiles)
-    expert = ids_S[slot]
+    rows, tiles = _mosaic.row_window(x.shape[0]), out.shape[2] // PIECE
 
-    @pl.when(expert < num_experts)
-    def _() -> None:
-        matrix = gate_up.at[expert]
+    def sources(slot: jax.Array, tile: jax.Array, step: jax.Array) -> tuple[Any, ...]:
+        expert, part = ids_S[slot], piece(step)
+        halves = (gate_up.at[expert, part, piece(tile + half)] for half in (0, tiles))
+        return x.at[rows, part], *halves
 
-        def halves(tile: jax.Array) -> Any:
-            return (matrix, piece(tile)), (matrix, piece(tile + tiles))
+    def finish(slot: jax.Array, tile: jax.Array, *sums: jax.Array) -> tuple[jax.Array, Any]:
+        values, by_row = _swiglu(*sums), plgpu.Layout.WGMMA.reduce(1)
+        weights_M = plgpu.load(weights_SM.at[slot], layout=by_row, optimized=False)
+        weights = lax.broadcast_in_dim(weights_M, values.shape, [0])
+        # What an expert makes of rows that don't select it may be anything.
+        return jnp.where(weights == 0, 0.0, values * weights), out.at[slot, rows, piece(tile)]
 
-        _wide(x, halves, out.at[slot], tile, weights_SM.at[slot], buffers)
+    _work(buffers, (used[0], tiles), x.shape[1] // PIECE, sources, finish)
 
 
-def _down_kernel(ids_S: Any, x: Any, down: Any, out: Any, buffers: Buffers) -> None:
-    (num_experts, width, _), (parts, num_rows, columns) = down.shape, out.shape
-    per_part, per_slot = ids_S.shape[0] // parts, width // PIECE
-    part, tile = _mosaic.divmod_by(lax.axis_index("cta"), columns // PIECE)
-    first, rows = part * per_part, _mosaic.row_window(num_rows)
-    experts = [ids_S[first + q] for q in range(per_part)]
-    # The list is in order: what is not in use stands at its end.
-    used = sum((expert < num_experts).astype(jnp.int32) for expert in experts)
+def _down_kernel(ids_S: Any, used: Any, x: Any, down: Any, out: Any, buffers: Buffers) -> None:
+    rows = _mosaic.row_window(out.shape[1])
 
-    def load(i: jax.Array, stage: jax.Array) -> None:
-        q, step = _mosaic.divmod_by(i, per_slot)
-        expert, full = experts[0], buffers.full.at[stage]
-        for other in range(1, per_part):
-            expert = jnp.where(q == other, experts[other], expert)
-        (buffer,) = buffers.matrices
-        plgpu.copy_gmem_to_smem(down.at[expert, piece(step), piece(tile)], buffer.at[stage], full)
-        to = buffers.x.at[stage, pl.ds(0, rows.size)]
-        plgpu.copy_gmem_to_smem(x.at[first + q, rows, piece(step)], to, full)
+    def sources(slot: jax.Array, tile: jax.Array, step: jax.Array) -> tuple[Any, ...]:
+        part = piece(step)
+        return x.at[slot, rows, part], down.at[ids_S[slot], part, piece(tile)]
 
-    def multiply(sums: Any) -> jax.Array:
-        def product(stage: jax.Array) -> None:
-            plgpu.wgmma(sums, buffers.x.at[stage], buffers.matrices[0].at[stage])
+    def finish(slot: jax.Array, tile: jax.Array, sums: jax.Array) -> tuple[jax.Array, Any]:
+        return sums, out.at[slot, rows, piece(tile)]
 
-        stream(used * per_slot, buffers.full, load, product, 1)
-        return sums[...]
-
-    sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
-    _store(buffers, sums, out.at[part], rows, piece(tile))
+    _work(buffers, (used[0], out.shape[2] // PIECE), x.shape[2] // PIECE, sources, finish)
 
 
 def _launch(kernel: Any, out: Any, buffers: Buffers, ctas: int, name: str, *operands: Any) -> Any:
@@ -176,26 +183,16 @@ def skinny_swiglu(x_MK: jax.Array, gate_KF: jax.Array, up_KF: jax.Array) -> jax.
     return out_MF[:rows]
 
 
-def experts_in_use(experts_MK: jax.Array, num_experts: int, slots: int) -> jax.Array:
-    """Ids of the experts that any row selects, in order, then X: int32 [S]."""
+def experts_in_use(
+    experts_MK: jax.Array, num_experts: int, slots: int
+) -> tuple[jax.Array, jax.Array]:
+    """Ids of the experts that any row selects, in order, then X: int32 [S]; how many: int32 [1]."""
     ids_X = jnp.arange(num_experts, dtype=jnp.int32)
     used_X = (experts_MK.reshape(-1, 1) == ids_X[None]).any(0)
     # How many are in use up to each, by comparing all pairs: in one kernel.
     count_X = jnp.sum(used_X[None] & (ids_X[None] <= ids_X[:, None]), axis=1, dtype=jnp.int32)
     slot_S = jnp.arange(slots, dtype=jnp.int32)
-    return jnp.sum(count_X[None] <= slot_S[:, None], axis=1, dtype=jnp.int32)
-
-
-def per_part(slots: int, width: int) -> int:
-    """Q: so many that the second launch has no more CTAs than run at once.
-
-    A function of shapes only: it decides the order of sums.
-
-    Args:
-      slots: of the list.
-      width: D.
-    """
-    return pl.cdiv(slots * (width // PIECE), WAVE)
+    return jnp.sum(count_X[None] <= slot_S[:, None], axis=1, dtype=jnp.int32), count_X[-1:]
 
 
 @jax.custom_vjp
@@ -208,12 +205,9 @@ def skinny_experts(
 ) -> jax.Array:
     """The public operator, arguments already checked."""
     (M, K), (X, F, D), dtype = experts_MK.shape, down_XFD.shape, x_MD.dtype
-    most = min(M * K, X)
-    each = per_part(most, D)
-    groups = pl.cdiv(most, each)
-    slots = groups * each
+    slots, ctas = min(M * K, X), _mosaic.num_sms()
     experts_MK = experts_MK.astype(jnp.int32)
-    ids_S = experts_in_use(experts_MK, X, slots)
+    ids_S, used_1 = experts_in_use(experts_MK, X, slots)
     hits_SMK = experts_MK[None] == ids_S[:, None, None]
     weights_SM = jnp.where(hits_SMK, gates_MK.astype(jnp.float32)[None], 0).sum(-1)
     weights_SM = jnp.pad(weights_SM, ((0, 0), (0, ROWS - M)))
@@ -222,24 +216,27 @@ def skinny_experts(
         _wide_kernel,
         jax.ShapeDtypeStruct((slots, len(x_MD), F), dtype),
         _buffer_types(dtype, dtype, WIDE_STAGES, 2),
-        slots * F // PIECE,
+        min(ctas, slots * F // PIECE),
         "skinny_experts",
         ids_S,
+        used_1,
         weights_SM,
         x_MD,
         gate_up_XDF,
     )
-    sums_GMD = _launch(
+    out_SMD = _launch(
         _down_kernel,
-        jax.ShapeDtypeStruct((groups, len(x_MD), D), jnp.float32),
+        jax.ShapeDtypeStruct((slots, len(x_MD), D), jnp.float32),
         _buffer_types(dtype, jnp.float32, DOWN_STAGES, 1),
-        groups * D // PIECE,
+        min(ctas, slots * D // PIECE),
         "skinny_experts",
         ids_S,
+        used_1,
         narrow_SMF,
         down_XFD,
     )
-    return sums_GMD[:, :M].sum(axis=0).astype(dtype)
+    in_use_S11 = (jnp.arange(slots, dtype=jnp.int32) < used_1)[:, None, None]
+    return jnp.where(in_use_S11, out_SMD[:, :M], 0).sum(axis=0).astype(dtype)
 
 
 def _keep(operator: Any, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:

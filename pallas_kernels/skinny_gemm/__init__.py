@@ -54,7 +54,6 @@ _IMPLEMENTATIONS = {
 def skinny_gemm(
     x_MK: jax.Array,
     *matrices: jax.Array,
-    ahead: tuple[jax.Array, ...] = (),
     out_dtype: Any = None,
     summed: bool = True,
     implementation: str | None = None,
@@ -64,9 +63,6 @@ def skinny_gemm(
     Args:
       x_MK: few rows; for many, this is no better than any product.
       *matrices: w_KN, each with its own N.
-      ahead: matrices that a later launch reads. The kernel starts their way from memory into L2
-        when its own are read, for memory to work while small kernels run; results don't change, and
-        one whose sizes are no multiples of 64 is left out.
       out_dtype: of the results; None: that of the operands.
       summed: False: the results' terms, in float32 at least, for `add_norm` and `absorb_query`. How
         many they are is a function of shapes and the implementation. They have a gradient only in
@@ -83,10 +79,9 @@ def skinny_gemm(
     """
     name = "skinny_gemm"
     named = {f"matrices[{i}]": w_KN for i, w_KN in enumerate(matrices)}
-    later = {f"ahead[{i}]": w_KN for i, w_KN in enumerate(ahead)}
     _common.require(bool(matrices), f"{name}: no matrix given")
-    _common.require_rank(name, 2, x_MK=x_MK, **named, **later)
-    _common.require_float(name, x_MK=x_MK, **named, **later)
+    _common.require_rank(name, 2, x_MK=x_MK, **named)
+    _common.require_float(name, x_MK=x_MK, **named)
     for key, w_KN in named.items():
         _common.require(
             x_MK.shape[1] == w_KN.shape[0],
@@ -98,4 +93,4 @@ def skinny_gemm(
     )
     run = _common.choose(name, implementation, _IMPLEMENTATIONS, x_MK, *matrices)
     x_MK, *matrices = _common.vary_together(x_MK, *matrices)
-    return run(x_MK, tuple(matrices), ahead=tuple(ahead), out_dtype=out_dtype, summed=summed)
+    return run(x_MK, tuple(matrices), out_dtype=out_dtype, summed=summed)

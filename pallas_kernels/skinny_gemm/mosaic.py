@@ -23,7 +23,6 @@ from pallas_kernels.skinny_gemm import reference
 
 ROWS = 64  # of a wgmma
 PIECE = 64  # columns of a CTA, and entries of a step: a swizzled row of 16-bit numbers
-AHEAD_COLUMNS = 256, 128, 64  # of a copy into L2: the most that divide a matrix
 STAGES = 6  # steps in shared memory: two CTAs fit into an SM
 
 
@@ -51,34 +50,41 @@ def piece(index: Any) -> Any:
     return pl.ds(pl.multiple_of(index * PIECE, PIECE), PIECE)
 
 
-def stream(
-    steps: Any, full: Any, load: Callable[..., None], multiply: Callable[..., None], products: int
-) -> None:
-    """multiply(stage) for every step, as load(step, stage) has filled it.
+class Stream(NamedTuple):
+    """A ring of stages through which a CTA's operands pass, step by step."""
 
-    Args:
-      steps: how many; an int or traced.
-      full: barriers by stage.
-      load: starts a step's copies.
-      multiply: starts a step's products.
-      products: how many that are.
-    """
-    stages = full.shape[0]
-    for i in range(stages):
-        pl.when(i < steps)(functools.partial(load, jnp.int32(i), jnp.int32(i)))
+    steps: Any
+    """How many; an int or traced."""
+    full: Any
+    """Barriers by stage."""
+    load: Callable[[jax.Array, jax.Array], None]
+    """(step, stage): starts its copies."""
 
-    def step(i: jax.Array, _: None) -> None:
-        stage = lax.rem(i, jnp.int32(stages))
-        plgpu.barrier_wait(full.at[stage])
-        multiply(stage)
+    def start(self) -> None:
+        """Fills the ring."""
+        for i in range(self.full.shape[0]):
+            pl.when(i < self.steps)(functools.partial(self.load, jnp.int32(i), jnp.int32(i)))
 
-        @pl.when((i > 0) & (i - 1 + stages < steps))
-        def _() -> None:
-            plgpu.wgmma_wait(products)
-            plgpu.commit_smem()  # all warps are done with the step before
-            load(i - 1 + stages, lax.rem(i - 1, jnp.int32(stages)))
+    def multiply(
+        self, first: Any, last: Any, multiply: Callable[[jax.Array], None], products: int
+    ) -> None:
+        """multiply(stage) for the steps from `first` up to `last`, which start so many products
+        each; stages that become free are filled with later steps.
+        """
+        stages = self.full.shape[0]
 
-    lax.fori_loop(jnp.int32(0), jnp.asarray(steps, jnp.int32), step, None)
+        def step(i: jax.Array, _: None) -> None:
+            stage = lax.rem(i, jnp.int32(stages))
+            plgpu.barrier_wait(self.full.at[stage])
+            multiply(stage)
+
+            @pl.when((i > 0) & (i - 1 + stages < self.steps))
+            def _() -> None:
+                plgpu.wgmma_wait(products)
+                plgpu.commit_smem()  # all warps are done with the step before
+                self.load(i - 1 + stages, lax.rem(i - 1, jnp.int32(stages)))
+
+        lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, None)
 
 
 def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array) -> None:
@@ -93,11 +99,14 @@ def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array
         plgpu.copy_gmem_to_smem(w.at[part, columns], buffers.w.at[stage], full)
         plgpu.copy_gmem_to_smem(x.at[rows, part], buffers.x.at[stage, in_use], full)
 
+    stream = Stream(steps, buffers.full, load)
+    stream.start()
+
     def multiply(sums: Any) -> jax.Array:
         def product(stage: jax.Array) -> None:
             plgpu.wgmma(sums, buffers.x.at[stage], buffers.w.at[stage])
 
-        stream(steps, buffers.full, load, product, 1)
+        stream.multiply(0, steps, product, 1)
         return sums[...]
 
     buffers.sums[...] = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
@@ -106,27 +115,7 @@ def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array
     plgpu.wait_smem_to_gmem(0)
 
 
-def _send_ahead(matrices: Any, cta: jax.Array, ctas: int) -> None:
-    """Starts this CTA's share of the copies into L2; nobody waits for them."""
-    for matrix in matrices:
-        rows, columns = matrix.shape
-        width = next(w for w in AHEAD_COLUMNS if columns % w == 0)
-        count = (rows // PIECE) * (columns // width)
-
-        def copy(i: jax.Array, _: None, matrix: Any = matrix, width: int = width) -> None:
-            row, column = _mosaic.divmod_by(cta + i * ctas, matrix.shape[1] // width)
-            plgpu.async_prefetch(
-                matrix.at[
-                    piece(row),
-                    pl.ds(pl.multiple_of(column * width, width), width),
-                ]
-            )
-
-        mine = lax.div(count - cta + (ctas - 1), jnp.int32(ctas))
-        lax.fori_loop(jnp.int32(0), mine, copy, None)
-
-
-def _kernel(x: Any, matrices: Any, ahead: Any, *results: Any, steps: int, ctas: int) -> None:
+def _kernel(x: Any, matrices: Any, *results: Any, steps: int) -> None:
     *outs, buffers = results
     cta, first = lax.axis_index("cta"), 0
     for w, out in zip(matrices, outs, strict=True):
@@ -134,7 +123,6 @@ def _kernel(x: Any, matrices: Any, ahead: Any, *results: Any, steps: int, ctas: 
         run = functools.partial(_part, x, w, out, buffers, steps, cta - first)
         pl.when((cta >= first) & (cta < last))(run)
         first = last
-    _send_ahead(ahead, cta, ctas)
 
 
 def splits(contracted: int, columns: int) -> int:
@@ -154,48 +142,43 @@ def splits(contracted: int, columns: int) -> int:
 Matrices = tuple[jax.Array, ...]
 
 
-def _terms(x_MK: jax.Array, matrices: Matrices, ahead: Matrices) -> Matrices:
+def _terms(x_MK: jax.Array, matrices: Matrices) -> Matrices:
     rows = x_MK.shape[0]
     x_MK = _mosaic.whole_tiles(x_MK)
     padded, contracted = x_MK.shape
     widths = [w_KN.shape[1] for w_KN in matrices]
     parts = splits(contracted, sum(widths))
-    ctas = parts * sum(widths) // PIECE
     terms = plgpu.kernel(
-        functools.partial(_kernel, steps=contracted // PIECE // parts, ctas=ctas),
+        functools.partial(_kernel, steps=contracted // PIECE // parts),
         out_type=tuple(jax.ShapeDtypeStruct((parts, padded, n), jnp.float32) for n in widths),
         scratch_types=(_buffer_types(x_MK.dtype),),
-        grid=(ctas,),
+        grid=(parts * sum(widths) // PIECE,),
         grid_names=("cta",),
         kernel_name="skinny_gemm",
-    )(x_MK, matrices, ahead)
+    )(x_MK, matrices)
     axes = _common.varying_axes(x_MK, *matrices)
     return tuple(_common.vary(terms_SMN[:, :rows], axes) for terms_SMN in terms)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _products(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> Matrices:
-    return tuple(x_SMN.sum(axis=0).astype(out_dtype) for x_SMN in _terms(x_MK, matrices, ahead))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _products(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> Matrices:
+    return tuple(x_SMN.sum(axis=0).astype(out_dtype) for x_SMN in _terms(x_MK, matrices))
 
 
-def _forward(x_MK: jax.Array, matrices: Matrices, ahead: Matrices, out_dtype: Any) -> tuple:
-    return _products(x_MK, matrices, ahead, out_dtype), (x_MK, matrices)
+def _forward(x_MK: jax.Array, matrices: Matrices, out_dtype: Any) -> tuple:
+    return _products(x_MK, matrices, out_dtype), (x_MK, matrices)
 
 
 def _backward(out_dtype: Any, residuals: Any, douts: Matrices) -> tuple:
-    plain = functools.partial(reference.skinny_gemm, ahead=(), out_dtype=out_dtype, summed=True)
-    return *jax.vjp(plain, *residuals)[1](douts), None
+    plain = functools.partial(reference.skinny_gemm, out_dtype=out_dtype, summed=True)
+    return jax.vjp(plain, *residuals)[1](douts)
 
 
 _products.defvjp(_forward, _backward)
 
 
-def skinny_gemm(
-    x_MK: jax.Array, matrices: Matrices, *, ahead: Matrices, out_dtype: Any, summed: bool
-) -> Matrices:
+def skinny_gemm(x_MK: jax.Array, matrices: Matrices, *, out_dtype: Any, summed: bool) -> Matrices:
     """The public operator, arguments already checked."""
-    # A hint that the copies don't take is none.
-    ahead = tuple(w_KN for w_KN in ahead if all(n % PIECE == 0 for n in w_KN.shape))
     if not summed:
-        return _terms(x_MK, matrices, ahead)
-    return _products(x_MK, matrices, ahead, out_dtype)
+        return _terms(x_MK, matrices)
+    return _products(x_MK, matrices, out_dtype)

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import skinny_experts, skinny_swiglu
-from pallas_kernels.skinny_ffn import mosaic
 from tests.kernels import helpers
-
-WAVE = mosaic.WAVE
 
 
 class Case(NamedTuple):
@@ -23,23 +20,21 @@ class Case(NamedTuple):
     selected: int
     others: int
     dtype: str = "bfloat16"
-    wave: int = 0  # CTAs that run at once; 0: as on a GPU
 
 
 CASES = {
-    # Rows that fill a tile of 8 or don't; experts that nobody selects; more steps than stages, in
-    # the second launch by several experts of a CTA.
+    # Rows that fill a tile of 8 or don't; experts that nobody selects; more steps than stages, of
+    # one piece of work or of several.
     "one row": Case(1, 128, 64, 5, 3, 4),
     "some rows": Case(13, 192, 128, 3, 2, 1, "float16"),
     "long": Case(64, 576, 192, 4, 2, 2),
-    "many experts a CTA": Case(13, 128, 192, 7, 3, 2, wave=4),
+    "many experts": Case(13, 128, 192, 7, 3, 2),
 }
 
 
 def ffn(case: Case, implementation: str) -> dict[str, Any]:
     """Errors of values and gradients against float64."""
     rng = np.random.default_rng(5)
-    mosaic.WAVE = case.wave or WAVE
     D, F, X = case.model, case.width, case.experts
 
     def draw(*shape: int) -> jax.Array:

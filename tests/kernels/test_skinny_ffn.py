@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import HOPPER, made_for, skinny_experts, skinny_swiglu
 from pallas_kernels.skinny_ffn import MAX_ROWS, mosaic, reads_selected_experts, shapes
 from tests.kernels import helpers, interpreted_ffn
+from tests.kernels.interpreted import NUM_SMS
 
 ROUNDING = {"bfloat16": 8e-3, "float16": 1e-3, "float32": 2e-6, "float64": 1e-14}
 
@@ -43,11 +44,14 @@ def test_a_case_refills_its_stages():
     assert case.model // mosaic.PIECE > 2 * mosaic.WIDE_STAGES
 
 
-def test_a_case_refills_the_second_launch_s_stages(monkeypatch):
-    case = interpreted_ffn.CASES["many experts a CTA"]
-    monkeypatch.setattr(mosaic, "WAVE", case.wave)
-    each = mosaic.per_part(case.experts, case.model)
-    assert each > 2 and case.width // mosaic.PIECE * each > mosaic.DOWN_STAGES
+def test_a_case_gives_a_cta_pieces_of_both_launches():
+    case = interpreted_ffn.CASES["many experts"]
+    for width, steps, stages in (
+        (case.width, case.model // mosaic.PIECE, mosaic.WIDE_STAGES),
+        (case.model, case.width // mosaic.PIECE, mosaic.DOWN_STAGES),
+    ):
+        pieces = case.experts * width // mosaic.PIECE // NUM_SMS
+        assert pieces > 2 and pieces * steps > stages
 
 
 def test_mosaic_has_no_races(interpreted):
@@ -58,13 +62,9 @@ def test_mosaic_has_no_races(interpreted):
 
 def test_experts_in_use_are_listed_in_order():
     experts = jnp.asarray([[7, 2], [2, 9], [4, 8]])
-    listed = mosaic.experts_in_use(experts, 8, 6)
+    listed, number = mosaic.experts_in_use(experts, 8, 6)
     np.testing.assert_array_equal(listed, [2, 4, 7, 8, 8, 8])
-
-
-@pytest.mark.parametrize("slots, width, wanted", [(6, 2048, 1), (32, 2048, 4), (512, 6144, 187)])
-def test_the_second_launch_is_one_wave(slots, width, wanted):
-    assert mosaic.per_part(slots, width) == wanted
+    assert number.tolist() == [3]
 
 
 def test_the_kernel_takes_all_rows_that_are_promised():
