@@ -31,7 +31,8 @@ PIECE = 256  # the most columns of one product
 SHARED_MEMORY = 232448 - 2048  # bytes of a CTA, less the small buffers and barriers
 MIN_SPLIT, MAX_SPLIT = 256, 4096  # cache entries
 FEW_SPLITS = 16  # so many may be shorter: a short cache waits for steps, not for memory
-JOINED, JOINED_COLUMNS = 10, 16  # splits that a CTA joins at once, and of how many columns
+JOINED = 10  # splits that are read at once
+MAX_VECTOR = 4  # columns that a thread joins side by side, 32 bits each
 LOWEST = -1e30  # below any score, yet finite: a row may see nothing of its split
 LOG2_E = math.log2(math.e)
 
@@ -286,50 +287,35 @@ def _kernel(
         )
 
 
-def _join_kernel(
-    out: Any, stats: Any, lengths_B: Any, joined: Any, buffer: Any, *, split: int
-) -> None:
-    batch, row, column = (lax.axis_index(axis) for axis in ("batch", "rows", "columns"))
-    rows = pl.ds(pl.multiple_of(row * TILE, TILE), TILE)
-    columns = pl.ds(pl.multiple_of(column * JOINED_COLUMNS, JOINED_COLUMNS), JOINED_COLUMNS)
-    layout, splits, length = plgpu.Layout.WGMMA, out.shape[1], lengths_B[batch]
+def _join_kernel(out: Any, stats: Any, lengths_B: Any, joined: Any, *, split: int) -> None:
+    batch, row = lax.axis_index("batch"), lax.axis_index("row")
+    splits, columns = out.shape[1], out.shape[3]
+    layout, length = _mosaic.spread(columns, MAX_VECTOR), lengths_B[batch]
     group = min(splits, JOINED)
     # What lies past the length was never written: the last one before is read again, for nothing.
     used = jnp.minimum(lax.div(length + (split - 1), jnp.int32(split)), splits)
 
-    def read(ref: Any, layout: Any) -> jax.Array:
-        return plgpu.load(ref, layout=layout, optimized=False)
-
     def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        top, total, sums = carry
+        top, total, sums_C = carry
         # Without a branch, so that all of the group is on its way at once.
         numbers = [i * group + k for k in range(group)]
         places = [(batch, jnp.minimum(n, used - 1)) for n in numbers]
-        tops, totals = (
-            [read(stats.at[*place, j, rows], layout.reduce(1)) for place in places]
-            for j in range(2)
-        )
-        parts = [read(out.at[*place, rows, columns], layout) for place in places]
+        tops, totals = ([stats[*place, j, row] for place in places] for j in range(2))
+        parts = [plgpu.load(out.at[*place, row], layout=layout) for place in places]
         new_top = functools.reduce(jnp.maximum, tops, top)
         factor = jnp.exp2(top - new_top)
-        total, sums = total * factor, _rescaled(sums, factor)
-        for n, part_top, part_total, part in zip(numbers, tops, totals, parts, strict=True):
-            weight = jnp.exp2(part_top - new_top) * jnp.where(n < used, 1.0, 0.0)
-            total, sums = total + weight * part_total, sums + _rescaled(part, weight)
-        return new_top, total, sums
+        total, sums_C = total * factor, sums_C * factor
+        for n, part_top, part_total, part_C in zip(numbers, tops, totals, parts, strict=True):
+            weight = jnp.where(n < used, jnp.exp2(part_top - new_top), 0.0)
+            total, sums_C = total + weight * part_total, sums_C + weight * part_C
+        return new_top, total, sums_C
 
-    def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
-        return plgpu.layout_cast(jnp.full(shape, value + (length * 0).astype(jnp.float32)), layout)
-
-    top, total = (full((TILE,), value, layout.reduce(1)) for value in (LOWEST, 0.0))
-    carry = top, total, full((TILE, JOINED_COLUMNS), 0.0, layout)
+    zero = (length * 0).astype(jnp.float32)
+    sums_C = plgpu.layout_cast(jnp.full((columns,), zero), layout)
     groups = lax.div(used + (group - 1), jnp.int32(group))
-    _, total, sums = lax.fori_loop(0, groups, add, carry)
-    scale = 1 / jnp.where(total == 0, jnp.ones_like(total), total)
-    buffer[...] = _rescaled(sums, scale).astype(buffer.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffer, joined.at[batch, rows, columns])
-    plgpu.wait_smem_to_gmem(0)
+    _, total, sums_C = lax.fori_loop(0, groups, add, (LOWEST + zero, zero, sums_C))
+    scale = 1 / jnp.where(total == 0, 1.0, total)
+    joined[batch, row] = (sums_C * scale).astype(joined.dtype)
 
 
 def _join(
@@ -341,20 +327,17 @@ def _join(
     dtype: Any,
 ) -> jax.Array:
     """Adds the splits, each relative to its own top score -> [B, T * H, C]."""
-    (batch, _, padded, columns), rows = out_BNRC.shape, cut.tokens * cut.heads
-    stored = _mosaic.in_whole_tiles(rows)
-    swizzle = JOINED_COLUMNS * jnp.dtype(dtype).itemsize
-    transforms = plgpu.TilingTransform((8, JOINED_COLUMNS)), plgpu.SwizzleTransform(swizzle)
+    (batch, _, _, columns), rows = out_BNRC.shape, cut.tokens * cut.heads
     joined_BRC = plgpu.kernel(
         functools.partial(_join_kernel, split=cut.split),
-        out_type=jax.ShapeDtypeStruct((batch, stored, columns), dtype),
-        scratch_types=(plgpu.SMEM((TILE, JOINED_COLUMNS), dtype, transforms=transforms),),
-        grid=(columns // JOINED_COLUMNS, padded // TILE, batch),
-        grid_names=("columns", "rows", "batch"),
+        out_type=jax.ShapeDtypeStruct((batch, rows, columns), dtype),
+        grid=(rows, batch),
+        grid_names=("row", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="mla_decode_join",
     )(out_BNRC, stats_BN2R, lengths_B)
-    return _common.vary(joined_BRC[:, :rows], _common.varying_axes(out_BNRC, lengths_B))
+    joined_BRC = joined_BRC[..., : cut.value_dim]
+    return _common.vary(joined_BRC, _common.varying_axes(out_BNRC, lengths_B))
 
 
 def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) -> Plan:
@@ -377,10 +360,15 @@ def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) 
     )
 
 
+def _joined_columns(value_dim: int) -> int:
+    """Of the sums: whole ones for every thread that joins them; what is past the values is none."""
+    return pl.cdiv(value_dim, _mosaic.WARPGROUP) * _mosaic.WARPGROUP
+
+
 def attend(
     q_BTHU: jax.Array, cache: Cache, *, scale: float, cut: Plan
 ) -> tuple[jax.Array, jax.Array]:
-    """The splits' sums [B, N, R, C], and their top scores and totals [B, N, 2, R], in float32.
+    """The splits' sums [B, N, R, C or more], their top scores and totals [B, N, 2, R]; float32.
 
     What belongs to a split past the row's length is not written.
     """
@@ -388,11 +376,11 @@ def attend(
     rows = -(-tokens * heads // TILE) * TILE
     # Rows past them are loaded as zeros.
     q_BRU = _mosaic.whole_tiles(q_BTHU.reshape(batch, tokens * heads, width), axis=1)
-    splits = -(-cache.capacity // cut.split)
+    splits, columns = pl.cdiv(cache.capacity, cut.split), _joined_columns(cut.value_dim)
     parts = plgpu.kernel(
         functools.partial(_kernel, plan=cut, scale=scale),
         out_type=(
-            jax.ShapeDtypeStruct((batch, splits, rows, cut.value_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, splits, rows, columns), jnp.float32),
             jax.ShapeDtypeStruct((batch, splits, 2, rows), jnp.float32),
         ),
         scratch_types=(_buffer_types(cut, width, q_BTHU.dtype),),
