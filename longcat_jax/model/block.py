@@ -15,7 +15,7 @@ from longcat_jax.config import ModelConfig, ParallelConfig
 from longcat_jax.model.ffn import FFN
 from longcat_jax.model.mla import MLA, AttentionInput, LatentCache
 from longcat_jax.model.moe import MoE
-from longcat_jax.model.norm import add_norm, norm_residual
+from longcat_jax.model.norm import add_norm, add_residual, norm_residual
 from longcat_jax.model.remat import keep
 from longcat_jax.model.router import Routing
 from longcat_jax.parameters import norm_weight
@@ -55,15 +55,15 @@ class Block(nn.Module):
 
         x_BTD, h_BTD = norm("input_layernorm_0", x_BTD)
         out, latent_0 = MLA(c, name="self_attn_0")(h_BTD, tokens)
-        x_BTD, h_BTD = norm("post_attention_layernorm_0", keep(x_BTD + out))
+        x_BTD, h_BTD = norm("post_attention_layernorm_0", keep(add_residual(x_BTD, out)))
         moe = MoE(c, self.parallel, name="mlp")
         shortcut, routing, left_out = moe(h_BTD, router_shift_E)
-        x_BTD = keep(x_BTD + FFN(c, name="mlps_0")(h_BTD))
+        x_BTD = keep(add_residual(x_BTD, FFN(c, name="mlps_0")(h_BTD)))
         x_BTD, h_BTD = norm("input_layernorm_1", x_BTD)
         out, latent_1 = MLA(c, name="self_attn_1")(h_BTD, tokens)
-        x_BTD, h_BTD = norm("post_attention_layernorm_1", keep(x_BTD + out))
-        x_BTD += FFN(c, name="mlps_1")(h_BTD)
-        return x_BTD + shortcut, BlockOutput(routing, left_out, (latent_0, latent_1))
+        x_BTD, h_BTD = norm("post_attention_layernorm_1", keep(add_residual(x_BTD, out)))
+        x_BTD = add_residual(x_BTD, FFN(c, name="mlps_1")(h_BTD))
+        return add_residual(x_BTD, shortcut), BlockOutput(routing, left_out, (latent_0, latent_1))
 
 
 class DecodingBlock(nn.Module):

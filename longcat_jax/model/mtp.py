@@ -19,7 +19,7 @@ from longcat_jax.config import ModelConfig
 from longcat_jax.model.embed import embed
 from longcat_jax.model.ffn import FFN
 from longcat_jax.model.mla import MLA, AttentionInput
-from longcat_jax.model.norm import norm_residual, rms_norm
+from longcat_jax.model.norm import add_residual, norm_residual, rms_norm
 from longcat_jax.parameters import embedding, matrix, norm_weight
 
 
@@ -50,6 +50,7 @@ class MTPHead(nn.Module):
         x_BTD = jnp.concatenate(joint, axis=-1) @ w.astype(dtype)
         x_BTD, h_BTD = norm("input_layernorm", x_BTD, norm_residual)
         out, latent = MLA(c, name="self_attn")(h_BTD, tokens)
-        x_BTD, h_BTD = norm("post_attention_layernorm", x_BTD + out, norm_residual)
-        x_BTD += FFN(c, name="mlp")(h_BTD)
+        x_BTD = add_residual(x_BTD, out)
+        x_BTD, h_BTD = norm("post_attention_layernorm", x_BTD, norm_residual)
+        x_BTD = add_residual(x_BTD, FFN(c, name="mlp")(h_BTD))
         return norm("norm", x_BTD), latent

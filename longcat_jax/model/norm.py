@@ -14,6 +14,21 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return reference.rms_norm(x, weight_D, eps)[1]
 
 
+def add_residual(x_BTD: jax.Array, out_BTD: jax.Array) -> jax.Array:
+    """x + out, summed as rows.
+
+    On a GPU a product is added to the stream where it is written. If both are rows, as the product
+    is to XLA, the sum is written beside the stream, which is read again; of sums in more dimensions
+    XLA makes a copy of the stream first, for the sum to be written over.
+    """
+
+    def on_device(x_BTD: jax.Array, out_BTD: jax.Array) -> jax.Array:
+        x_RD, out_RD = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, out_BTD))
+        return (x_RD + out_RD).reshape(x_BTD.shape)
+
+    return on_shards(on_device, (TOKENS, TOKENS), TOKENS)(x_BTD, out_BTD)
+
+
 def norm_residual(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """The residual stream as it goes on, and its `rms_norm`: on Hopper the gradients of both are
     added in one pass.
