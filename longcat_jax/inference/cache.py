@@ -20,6 +20,9 @@ from longcat_jax.model.norm import add_norm
 from longcat_jax.model.rope import rope_table
 from pallas_kernels.add_norm import Rows
 
+UNROLLED = 8
+"""Layers to a turn of the loop over them: on a GPU a turn is a graph, and waits for the last."""
+
 
 @struct.dataclass
 class Cache:
@@ -79,7 +82,7 @@ def extend(
     entries_RSU = cache.entries_LABSU.reshape(L * A * B, S, U)
     _, terms, _ = jax.eval_shape(layer, jnp.int32(0), (x_BTD, None, entries_RSU))
     start = x_BTD, jnp.zeros(terms.shape, terms.dtype), entries_RSU
-    x_BTD, terms_SBTD, entries_RSU = jax.lax.fori_loop(0, L, layer, start)
+    x_BTD, terms_SBTD, entries_RSU = jax.lax.fori_loop(0, L, layer, start, unroll=min(L, UNROLLED))
     last = Rows(params["norm"].astype(c.dtype), x_BTD, terms_SBTD)
     ((_, hidden_BTD),) = add_norm(last, eps=c.rms_norm_eps)
     return hidden_BTD, Cache(entries_RSU.reshape(L, A, B, S, U), lengths_B)
