@@ -16,36 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _common, _mosaic
-from pallas_kernels.grouped_gemm import pipeline, schedule
+from pallas_kernels.grouped_gemm import mosaic_rows, pipeline, schedule
+from pallas_kernels.grouped_gemm.mosaic_rows import launch, my_tiles, padded, shared
 from pallas_kernels.grouped_gemm.schedule import CHUNK, DEPTH, TILE_COLUMNS, TILE_ROWS, Tiling
 from pallas_kernels.grouped_gemm.tilings import TILINGS
 
 
-def _launch(body: Any, out_type: Any, scratch: pipeline.Buffers, *operands: Any) -> Any:
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=(scratch,),
-        grid=(_mosaic.num_sms() // 2,),
-        grid_names=("cluster",),
-        cluster=(2,),
-        cluster_names=("pair",),
-        num_threads=pipeline.COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name="grouped_gemm",
-    )(*operands)
-
-
-def _shared(tiling: Tiling, operand: str) -> tuple[str, ...]:
-    """Cluster axes over which an operand is multicast."""
-    return ("pair",) if (tiling.pair == "columns") == (operand == "lhs") else ()
-
-
-def _my_tiles(num_tiles: jax.Array) -> tuple[jax.Array, Any]:
-    """How many tiles this cluster computes, and the index of its i-th one."""
-    cluster, num_clusters = lax.axis_index("cluster"), jnp.int32(_mosaic.num_sms() // 2)
-    count = lax.div(num_tiles - cluster + num_clusters - 1, num_clusters)
-    return count, lambda i: cluster + i * num_clusters
+def _kept(dtype: Any) -> bool:
+    """Whether there are registers for a finished tile while the next one is multiplied."""
+    return jnp.dtype(dtype).itemsize == 2
 
 
 def _product_kernel(
@@ -58,89 +37,33 @@ def _product_kernel(
     tiling: Tiling,
     transposed: bool,
 ) -> None:
-    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("pair")
-    width = out.shape[1]
-    column_tiles = pl.cdiv(width, tiling.cluster_columns)
-    row_tiles, total_rows = tiles.totals_2[0], tiles.totals_2[1]
-    num_steps = pl.cdiv(lhs.shape[1], DEPTH)
-    count, index_of = _my_tiles(row_tiles * column_tiles)
+    warpgroup = lax.axis_index("warpgroup")
 
-    def locate(i: jax.Array) -> tuple[Any, ...]:
-        t, n = schedule.snake(index_of(i), row_tiles, column_tiles, tiling.panel)
-        start, low, high = tiles.start_T[t], tiles.low_T[t], tiles.high_T[t]
-        column = n * tiling.cluster_columns
-        if tiling.pair == "columns":
-            column = column + cta * TILE_COLUMNS
-        else:
-            shift = cta * TILE_ROWS
-            start, low, high = start + shift, low - shift, high - shift
-        start = pl.multiple_of(start, schedule.ALIGNMENT)
-        return tiles.group_T[t], start, low, high, pl.multiple_of(column, TILE_COLUMNS)
-
-    def load(
-        tile: tuple[Any, ...], k: jax.Array, lhs_block: Any, rhs_block: Any, full: Any
-    ) -> None:
-        group, start, _, _, column = tile
-        depth, columns = pl.ds(k * DEPTH, DEPTH), pl.ds(column, TILE_COLUMNS)
+    def load(tile: mosaic_rows.Tile, k: jax.Array, blocks: tuple[Any, Any], full: Any) -> None:
+        lhs_block, rhs_block = blocks
+        depth, columns = pl.ds(k * DEPTH, DEPTH), pl.ds(tile.column, TILE_COLUMNS)
         plgpu.copy_gmem_to_smem(
-            lhs.at[pl.ds(start, TILE_ROWS), depth],
+            lhs.at[pl.ds(tile.start, TILE_ROWS), depth],
             lhs_block,
             full,
-            collective_axes=_shared(tiling, "lhs"),
+            collective_axes=shared(tiling, "lhs"),
         )
-        window = (group, columns, depth) if transposed else (group, depth, columns)
+        window = (tile.group, columns, depth) if transposed else (tile.group, depth, columns)
         plgpu.copy_gmem_to_smem(
-            rhs.at[window], rhs_block, full, collective_axes=_shared(tiling, "rhs")
+            rhs.at[window], rhs_block, full, collective_axes=shared(tiling, "rhs")
         )
 
     def operands(lhs_block: Any, rhs_block: Any) -> tuple[Any, Any]:
         mine = lhs_block.at[pl.ds(warpgroup * CHUNK, CHUNK)]
         return mine, rhs_block.transpose((1, 0)) if transposed else rhs_block
 
-    def target(tile: tuple[Any, ...]) -> pipeline.Target:
-        _, start, low, high, column = tile
-        first = warpgroup * CHUNK
-        return pipeline.Target(warpgroup * 0, start + first, column, low - first, high - first)
-
-    pipeline.run(
-        pipeline.Work(
-            zero=tiles.totals_2[0] * 0,
-            count=count,
-            locate=locate,
-            steps=lambda tile: num_steps,
-            load=load,
-            operands=operands,
-            target=target,
-            window=lambda _, rows, columns: out.at[rows, columns],
-            finish=lambda: _store_zeros(buffers.out.at[warpgroup, 0], out, total_rows),
-        ),
-        buffers,
+    product = mosaic_rows.Product(
+        num_steps=pl.cdiv(lhs.shape[1], DEPTH),
+        load=load,
+        multiply=functools.partial(pipeline.multiply, operands=operands),
+        behind=_kept(out.dtype),
     )
-
-
-def _store_zeros(buffer: Any, out: Any, total_rows: jax.Array) -> None:
-    """Rows that belong to no group: one buffer of zeros, stored by all warpgroups in turn."""
-    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("pair")
-    rest = out.shape[0] - total_rows
-    width = buffer.shape[1]
-    column_chunks = pl.cdiv(out.shape[1], width)
-
-    @pl.when(rest > 0)
-    def _() -> None:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer[...] = jnp.zeros(buffer.shape, buffer.dtype)
-        plgpu.commit_smem()
-        row_chunks = lax.div(rest + CHUNK - 1, jnp.int32(CHUNK))
-        worker = (lax.axis_index("cluster") * 2 + cta) * pipeline.COMPUTE_WARPGROUPS + warpgroup
-        workers = jnp.int32(_mosaic.num_sms() // 2 * 2 * pipeline.COMPUTE_WARPGROUPS)
-
-        def body(i: jax.Array, _: None) -> None:
-            r, c = _mosaic.divmod_by(worker + i * workers, column_chunks)
-            row = total_rows + r * CHUNK  # a chunk past the last row is clipped by the TMA store
-            plgpu.copy_smem_to_gmem(buffer, out.at[pl.ds(row, CHUNK), pl.ds(c * width, width)])
-
-        count = row_chunks * column_chunks
-        lax.fori_loop(0, lax.div(count - worker + workers - 1, workers), body, None)
+    mosaic_rows.run(product, tiles, out, buffers, tiling)
 
 
 def _gradient_kernel(
@@ -159,7 +82,7 @@ def _gradient_kernel(
     num_groups, height, width = drhs.shape
     row_tiles = pl.cdiv(height, tiling.cluster_rows)
     column_tiles = pl.cdiv(width, tiling.cluster_columns)
-    count, index_of = _my_tiles(jnp.int32(num_groups * row_tiles * column_tiles))
+    count, index_of = my_tiles(jnp.int32(num_groups * row_tiles * column_tiles))
 
     def locate(i: jax.Array) -> tuple[Any, ...]:
         g, rest = _mosaic.divmod_by(index_of(i), row_tiles * column_tiles)
@@ -172,10 +95,9 @@ def _gradient_kernel(
         row, column = pl.multiple_of(row, TILE_ROWS), pl.multiple_of(column, TILE_COLUMNS)
         return g, row, column
 
-    def load(
-        tile: tuple[Any, ...], k: jax.Array, lhs_block: Any, rhs_block: Any, full: Any
-    ) -> None:
+    def load(tile: tuple[Any, ...], k: jax.Array, blocks: tuple[Any, Any], full: Any) -> None:
         g, row, column = tile
+        lhs_block, rhs_block = blocks
         whole = rows.whole_G[g]
 
         def copy(lhs_from: Any, dout_from: Any, *window: Any) -> None:
@@ -183,13 +105,13 @@ def _gradient_kernel(
                 lhs_from.at[*window, pl.ds(row, TILE_ROWS)],
                 lhs_block,
                 full,
-                collective_axes=_shared(tiling, "lhs"),
+                collective_axes=shared(tiling, "lhs"),
             )
             plgpu.copy_gmem_to_smem(
                 dout_from.at[*window, pl.ds(column, TILE_COLUMNS)],
                 rhs_block,
                 full,
-                collective_axes=_shared(tiling, "rhs"),
+                collective_axes=shared(tiling, "rhs"),
             )
 
         @pl.when(k < whole)
@@ -219,11 +141,12 @@ def _gradient_kernel(
             locate=locate,
             steps=lambda tile: rows.steps_G[tile[0]],
             load=load,
-            operands=operands,
+            multiply=functools.partial(pipeline.multiply, operands=operands),
             target=target,
             window=lambda group, rows, columns: drhs.at[group, rows, columns],
             finish=lambda: None,
             adds=adds,
+            behind=_kept(drhs.dtype),
         ),
         buffers,
     )
@@ -233,11 +156,11 @@ def _tiling(name: str, shape: tuple[int, int, int, int]) -> Tiling:
     return TILINGS.get((name, shape), TILINGS[name, None])
 
 
-def _padded(x_RW: jax.Array) -> jax.Array:
-    """With rows added until TMA can read it: whole groups of 8, no fewer than a box has."""
-    num_rows = x_RW.shape[0]
-    padded = max(-(-num_rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, TILE_ROWS)
-    return jnp.pad(x_RW, ((0, padded - num_rows), (0, 0)))
+def _buffer_types(
+    blocks: tuple[tuple[int, int], tuple[int, int]], dtype: Any, out_dtype: Any
+) -> pipeline.Buffers:
+    operands = tuple(pipeline.operand_type(block, dtype) for block in blocks)
+    return pipeline.buffer_types(operands, out_dtype)
 
 
 def product(
@@ -254,18 +177,15 @@ def product(
     num_groups, *widths = rhs.shape
     name = "gradient to lhs" if transposed else "forward"
     tiling = tiling or _tiling(name, (num_rows, *widths, num_groups))
-    lhs_RK = _padded(lhs_RK)
+    lhs_RK = padded(lhs_RK)
     # XLA computes each table once for all products of a layer: equal operations are merged.
     tiles = schedule.row_tiles(group_sizes_G, lhs_RK.shape[0], tiling.cluster_rows)
     rows, columns = (DEPTH, TILE_COLUMNS), (TILE_COLUMNS, DEPTH)
-    scratch = pipeline.buffer_types(
-        (TILE_ROWS, DEPTH),
-        columns if transposed else rows,
-        (lhs_RK.dtype, dtype),
-    )
+    blocks = (TILE_ROWS, DEPTH), columns if transposed else rows
+    scratch = _buffer_types(blocks, lhs_RK.dtype, dtype)
     body = functools.partial(_product_kernel, tiling=tiling, transposed=transposed)
     out_type = jax.ShapeDtypeStruct((lhs_RK.shape[0], width), dtype)
-    out_RN = _launch(body, out_type, scratch, tiles, lhs_RK, rhs)[:num_rows]
+    out_RN = launch(body, out_type, scratch, tiles, lhs_RK, rhs)[:num_rows]
     return _common.vary(out_RN, _common.varying_axes(lhs_RK))
 
 
@@ -283,11 +203,10 @@ def weight_gradient(
     """
     shape = (group_sizes_G.shape[0], lhs_RK.shape[1], dout_RN.shape[1])
     tiling = tiling or _tiling("gradient to rhs", (lhs_RK.shape[0], *shape[1:], shape[0]))
-    lhs_RK, dout_RN = _padded(lhs_RK), _padded(dout_RN)
+    lhs_RK, dout_RN = padded(lhs_RK), padded(dout_RN)
     steps = schedule.row_steps(group_sizes_G, lhs_RK.shape[0])
-    scratch = pipeline.buffer_types(
-        (CHUNK, TILE_ROWS), (CHUNK, TILE_COLUMNS), (lhs_RK.dtype, dtype)
-    )
+    blocks = (CHUNK, TILE_ROWS), (CHUNK, TILE_COLUMNS)
+    scratch = _buffer_types(blocks, lhs_RK.dtype, dtype)
 
     def edge(x_RW: jax.Array) -> jax.Array:
         return x_RW.at[steps.edge_rows_GE].get(mode="fill", fill_value=0)
@@ -299,8 +218,8 @@ def weight_gradient(
     operands = steps, lhs_RK, edge(lhs_RK), dout_RN, edge(dout_RN)
     if adds:
         sums = jax.new_ref(accumulate_GKN)
-        _launch(body, (), scratch, *operands, sums)
+        launch(body, (), scratch, *operands, sums)
         return jax.freeze(sums)
-    drhs_GKN = _launch(body, jax.ShapeDtypeStruct(shape, dtype), scratch, *operands)
+    drhs_GKN = launch(body, jax.ShapeDtypeStruct(shape, dtype), scratch, *operands)
     drhs_GKN = _common.vary(drhs_GKN, axes)
     return drhs_GKN if accumulate_GKN is None else accumulate_GKN + drhs_GKN

@@ -29,8 +29,7 @@ LOADER_REGISTERS, COMPUTE_REGISTERS = 24, 240
 class Buffers(NamedTuple):
     """Shared memory: operands by stage, store buffers by warpgroup and slot, barriers by stage."""
 
-    lhs: Any
-    rhs: Any
+    operands: tuple[Any, ...]
     out: Any
     full: Any
     empty: Any
@@ -45,12 +44,14 @@ class Work(NamedTuple):
       count: tiles of this CTA.
       locate: number of a tile -> tile.
       steps: tile -> steps along its contracted dimension.
-      load: (tile, step, lhs buffer, rhs buffer, barrier), issues the two copies.
-      operands: (lhs buffer, rhs buffer) -> this warpgroup's operands of the wgmma.
+      load: (tile, step, operand buffers, barrier), issues one copy into each buffer.
+      multiply: steps -> sums of their products, float32, in pieces of as many columns.
       target: tile -> where this warpgroup's part of the tile goes.
       window: (matrix, rows, columns) -> that part of the output in device memory.
       finish: called once after the last tile.
       adds: whether the output holds numbers already, to which the tiles are added.
+      behind: whether a finished tile is kept in registers and stored while the next one is
+        multiplied.
     """
 
     zero: jax.Array
@@ -58,11 +59,30 @@ class Work(NamedTuple):
     locate: Callable[..., Any]
     steps: Callable[..., Any]
     load: Callable[..., None]
-    operands: Callable[..., tuple[Any, Any]]
+    multiply: Callable[["Steps"], tuple[jax.Array, ...]]
     target: Callable[..., "Target"]
     window: Callable[..., Any]
     finish: Callable[[], None]
     adds: bool = False
+    behind: bool = False
+
+
+class Steps(NamedTuple):
+    """What a warpgroup multiplies of a tile.
+
+    Attributes:
+      tile: what `Work.locate` returned.
+      count: of steps; 0 for a warpgroup without rows in the tile.
+      arrived: step -> its operand buffers, once they are loaded.
+      release: step -> None, hands its buffers back to the loader.
+      meanwhile: step -> None, to be called while its products run.
+    """
+
+    tile: Any
+    count: jax.Array
+    arrived: Callable[..., tuple[Any, ...]]
+    release: Callable[..., None]
+    meanwhile: Callable[..., None]
 
 
 class Target(NamedTuple):
@@ -80,17 +100,18 @@ def epilogue_columns(dtype: Any) -> int:
     return _mosaic.SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
 
 
-def buffer_types(
-    lhs_block: tuple[int, int], rhs_block: tuple[int, int], dtypes: tuple[Any, Any]
-) -> Buffers:
-    """Scratch of the kernel; dtypes are those of operands and output."""
-    dtype, out_dtype = dtypes
+def operand_type(block: tuple[int, int], dtype: Any) -> Any:
+    """Buffers of an operand of wgmma."""
+    return plgpu.SMEM((STAGES, *block), dtype, transforms=_mosaic.tiled(dtype))
+
+
+def buffer_types(operands: tuple[Any, ...], out_dtype: Any) -> Buffers:
+    """Scratch of the kernel."""
     out_block = (COMPUTE_WARPGROUPS, SLOTS, CHUNK, epilogue_columns(out_dtype))
     return Buffers(
-        lhs=plgpu.SMEM((STAGES, *lhs_block), dtype, transforms=_mosaic.tiled(dtype)),
-        rhs=plgpu.SMEM((STAGES, *rhs_block), dtype, transforms=_mosaic.tiled(dtype)),
+        operands=operands,
         out=plgpu.SMEM(out_block, out_dtype, transforms=_mosaic.tiled(out_dtype, rows=1)),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        full=plgpu.Barrier(num_arrivals=len(operands), num_barriers=STAGES),
         # Released by both warpgroups of both CTAs: the operand they share is written to both.
         empty=plgpu.ClusterBarrier(
             collective_axes=("pair",),
@@ -98,6 +119,29 @@ def buffer_types(
             num_barriers=STAGES,
         ),
     )
+
+
+def multiply(steps: Steps, operands: Callable[..., tuple[Any, Any]]) -> tuple[jax.Array, ...]:
+    """Sums that stay in the tensor cores' accumulators from a tile's first step to its last.
+
+    Args:
+      steps: of the tile.
+      operands: operand buffers -> this warpgroup's operands of the wgmma.
+    """
+
+    def accumulate(acc_ref: Any) -> jax.Array:
+        def multiply_step(k: jax.Array, _: None) -> None:
+            plgpu.wgmma(acc_ref, *operands(*steps.arrived(k)))
+            steps.meanwhile(k)
+            plgpu.wgmma_wait(1)  # the step before is done with its buffers
+            pl.when(k > 0)(lambda: steps.release(k - 1))
+
+        lax.fori_loop(0, steps.count, multiply_step, None)
+        plgpu.wgmma_wait(0)
+        pl.when(steps.count > 0)(lambda: steps.release(steps.count - 1))
+        return acc_ref[...]
+
+    return (pl.run_scoped(accumulate, plgpu.ACC((CHUNK, TILE_COLUMNS), jnp.float32)),)
 
 
 def _load_all(work: Work, buffers: Buffers) -> None:
@@ -113,8 +157,8 @@ def _load_all(work: Work, buffers: Buffers) -> None:
         def load_step(k: jax.Array, _: None) -> None:
             slot = slot_of(first + k)
             plgpu.barrier_wait(buffers.empty.at[slot])
-            full = buffers.full.at[slot]
-            work.load(tile, k, buffers.lhs.at[slot], buffers.rhs.at[slot], full)
+            operands = tuple(buffer.at[slot] for buffer in buffers.operands)
+            work.load(tile, k, operands, buffers.full.at[slot])
 
         lax.fori_loop(0, steps, load_step, None)
         return first + steps + work.zero
@@ -129,13 +173,16 @@ def _load_all(work: Work, buffers: Buffers) -> None:
     lax.fori_loop(0, STAGES, drain, None)
 
 
+def _columns(pieces: tuple[jax.Array, ...], first: int, width: int) -> jax.Array:
+    """Columns [first, first + width) of a tile in pieces of as many columns, within one of them."""
+    piece, first = divmod(first, pieces[0].shape[1])
+    return pieces[piece][:, first : first + width]
+
+
 def _multiply_all(work: Work, buffers: Buffers) -> None:
     slots = buffers.out.at[lax.axis_index("warpgroup")]
     dtype, width = buffers.out.dtype, buffers.out.shape[3]
     parts = TILE_COLUMNS // width
-    # A whole 16-bit tile is kept in registers and stored while the next one is multiplied. There is
-    # no room for a 32-bit one.
-    behind = jnp.dtype(dtype).itemsize == 2
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
     def release(step: jax.Array) -> None:
@@ -144,11 +191,11 @@ def _multiply_all(work: Work, buffers: Buffers) -> None:
     for slot in range(STAGES):  # every slot starts out free
         plgpu.barrier_arrive(buffers.empty.at[slot])
 
-    def store(part: int, values: jax.Array, place: tuple[Any, ...]) -> None:
+    def store(part: int, tile: tuple[jax.Array, ...], place: tuple[Any, ...]) -> None:
         matrix, row, column = place
         slot = slots.at[part % SLOTS]
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-        slot[...] = values[:, part * width : (part + 1) * width]
+        slot[...] = _columns(tile, part * width, width)
         plgpu.commit_smem()
         # The loop's carry forgot that the column is a multiple.
         columns = pl.ds(pl.multiple_of(column, width) + part * width, width)
@@ -157,63 +204,64 @@ def _multiply_all(work: Work, buffers: Buffers) -> None:
         copy(slot, window)
 
     def multiply_tile(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        first, values, waiting, place = carry
+        first, kept, waiting, place = carry
         tile = work.locate(i)
         steps, target = work.steps(tile), work.target(tile)
         # A warpgroup without rows in the tile leaves the tensor cores to the other.
         mine = jnp.where(target.high > target.low, steps, 0)
 
-        def accumulate(acc_ref: Any) -> jax.Array:
-            def multiply_step(k: jax.Array, _: None) -> None:
-                slot = lax.rem(first + k, jnp.int32(STAGES))
-                plgpu.barrier_wait(buffers.full.at[slot])
-                plgpu.wgmma(acc_ref, *work.operands(buffers.lhs.at[slot], buffers.rhs.at[slot]))
-                for part in range(parts if behind else 0):
-                    now = waiting & (k == part)
-                    pl.when(now)(functools.partial(store, part, values, place))
-                plgpu.wgmma_wait(1)  # the step before is done with its buffers
-                pl.when(k > 0)(lambda: release(first + k - 1))
+        def arrived(k: jax.Array) -> tuple[Any, ...]:
+            slot = lax.rem(first + k, jnp.int32(STAGES))
+            plgpu.barrier_wait(buffers.full.at[slot])
+            return tuple(buffer.at[slot] for buffer in buffers.operands)
 
-            lax.fori_loop(0, mine, multiply_step, None)
-            plgpu.wgmma_wait(0)
-            pl.when(mine > 0)(lambda: release(first + mine - 1))
+        def store_kept(now: Callable[[int], jax.Array]) -> None:
+            for part in range(parts if work.behind else 0):
+                pl.when(waiting & now(part))(functools.partial(store, part, kept, place))
 
-            def pass_step(k: jax.Array, _: None) -> None:
-                slot = lax.rem(first + k, jnp.int32(STAGES))
-                plgpu.barrier_wait(buffers.full.at[slot])
-                plgpu.barrier_arrive(buffers.empty.at[slot])
+        sums = work.multiply(
+            Steps(
+                tile,
+                mine,
+                arrived,
+                release=lambda k: release(first + k),
+                meanwhile=lambda k: store_kept(lambda part: k == part),
+            )
+        )
 
-            lax.fori_loop(mine, steps, pass_step, None)
-            for part in range(parts if behind else 0):
-                late = waiting & (part >= mine)
-                pl.when(late)(functools.partial(store, part, values, place))
-            return acc_ref[...].astype(dtype)
+        def pass_step(k: jax.Array, _: None) -> None:
+            arrived(k)
+            release(first + k)
 
-        values = pl.run_scoped(accumulate, plgpu.ACC((CHUNK, TILE_COLUMNS), jnp.float32))
+        lax.fori_loop(mine, steps, pass_step, None)
+        store_kept(lambda part: part >= mine)
+        done = tuple(piece.astype(dtype) for piece in sums)
         place = tuple(x + work.zero for x in (target.matrix, target.row, target.column))
         whole = (target.low <= work.zero) & (target.high >= CHUNK)
-        if not behind:
+        if not work.behind:
 
             @pl.when(whole)
             def _() -> None:
                 for part in range(parts):
-                    store(part, values, place)
+                    store(part, done, place)
 
-        pl.when(jnp.logical_not(whole))(lambda: _store_rows(values, slots, work, target))
-        return first + steps + work.zero, values if behind else carry[1], whole, place
+        pl.when(jnp.logical_not(whole))(lambda: _store_rows(done, slots, work, target))
+        return first + steps + work.zero, done if work.behind else kept, whole, place
 
     zero = work.zero
-    values = jnp.zeros((CHUNK, TILE_COLUMNS if behind else width), dtype)
-    values = plgpu.layout_cast(values, plgpu.Layout.WGMMA)
-    carry = (zero, values, zero > 0, (zero, zero, zero))
-    _, values, waiting, place = lax.fori_loop(0, work.count, multiply_tile, carry)
-    for part in range(parts if behind else 0):
-        pl.when(waiting)(functools.partial(store, part, values, place))
+    kept: tuple[jax.Array, ...] = ()
+    if work.behind:
+        nothing = jnp.zeros((CHUNK, TILE_COLUMNS), dtype)
+        kept = (plgpu.layout_cast(nothing, plgpu.Layout.WGMMA),)
+    carry = (zero, kept, zero > 0, (zero, zero, zero))
+    _, kept, waiting, place = lax.fori_loop(0, work.count, multiply_tile, carry)
+    for part in range(parts if work.behind else 0):
+        pl.when(waiting)(functools.partial(store, part, kept, place))
     work.finish()
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store_rows(values: jax.Array, slots: Any, work: Work, target: Target) -> None:
+def _store_rows(tile: tuple[jax.Array, ...], slots: Any, work: Work, target: Target) -> None:
     """Stores rows [low, high) of a warpgroup's part of a tile.
 
     TMA boxes have static sizes: one box per set bit of the number of rows. None touches a row
@@ -224,11 +272,11 @@ def _store_rows(values: jax.Array, slots: Any, work: Work, target: Target) -> No
 
     @pl.when(high > low)
     def _() -> None:
-        for i, offset in enumerate(range(0, values.shape[1], width)):
+        for i, offset in enumerate(range(0, TILE_COLUMNS, width)):
             slot = slots.at[i % num_slots]
             window = functools.partial(work.window, columns=pl.ds(target.column + offset, width))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            slot[...] = values[:, offset : offset + width]
+            slot[...] = _columns(tile, offset, width)
             plgpu.commit_smem()
             count, start = high - low, low
             for size in (32, 16, 8, 4, 2, 1):
