@@ -11,6 +11,7 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.flash_mla import flash_mla
 from pallas_kernels.gather_combine import gather_combine, gather_rows, gather_sum
 from pallas_kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
+from pallas_kernels.grouped_gemm_fp8 import grouped_gemm_fp8, quantize_rows, quantize_weights
 from pallas_kernels.grouped_swiglu import grouped_swiglu
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_heads import absorb_query, expand_values
@@ -31,11 +32,14 @@ __all__ = [
     "gather_rows",
     "gather_sum",
     "grouped_gemm",
+    "grouped_gemm_fp8",
     "grouped_gemm_weight_gradient",
     "grouped_swiglu",
     "kernels",
     "made_for",
     "mla_decode",
+    "quantize_rows",
+    "quantize_weights",
     "rms_norm",
     "scatter_add",
     "skinny_experts",
