@@ -37,6 +37,7 @@ from tests.kernels import (
     helpers,
     interpreted_add_norm,
     interpreted_ffn,
+    interpreted_fp8,
     interpreted_heads,
     interpreted_norm,
     interpreted_skinny,
@@ -274,6 +275,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         f"ffn {name}": lambda case=case: interpreted_ffn.ffn(case, "mosaic")
         for name, case in interpreted_ffn.CASES.items()
     },
+    **{
+        f"fp8 {name}": lambda case=case: interpreted_fp8.fp8(case, "mosaic")
+        for name, case in interpreted_fp8.CASES.items()
+    },
     "add_norm": lambda: interpreted_add_norm.add_norm("mosaic"),
     **{
         f"heads {name}": lambda case=case: interpreted_heads.heads(case, "mosaic")
@@ -292,6 +297,7 @@ RACES = {
     "norm a row left",
     "skinny long",
     "ffn long",
+    "fp8 uneven",
     "add_norm",
     "heads some tokens",
     "race",

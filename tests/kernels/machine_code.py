@@ -30,6 +30,7 @@ from pallas_kernels import (
     expand_values,
     flash_mla,
     grouped_gemm,
+    grouped_gemm_fp8,
     made_for,
     mla_decode,
     skinny_experts,
@@ -114,6 +115,14 @@ def programs() -> dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]]:
     matrices = floats((X, D, 2 * F), (X, F, D))
     selected = [*floats((M, D), (M, K)), ((M, K), jnp.int32), *matrices]
     heads = floats((d.batch, d.heads, d.latent), (d.latent, d.heads, 256))
+    fp8, blocks = jnp.float8_e4m3fn, (g.width // 128, g.contract // 128)
+    quantized = [
+        ((g.rows, g.contract), fp8),
+        ((g.rows, blocks[1]), jnp.float32),
+        ((g.groups, g.width, g.contract), fp8),
+        ((g.groups, *blocks), jnp.float32),
+        ((g.groups,), jnp.int32),
+    ]
     return {
         "skinny": (skinny_gemm, few),
         "ffn": (skinny_swiglu, few),
@@ -122,6 +131,7 @@ def programs() -> dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]]:
         "attention": (attend, whole),
         "attention of segments": (attend, [*whole, (tokens, jnp.int32)]),
         "grouped": (multiply, [*rows, ((g.groups,), jnp.int32)]),
+        "grouped in fp8": (grouped_gemm_fp8, quantized),
         "decode": (attend_over_cache, [*cache, ((d.batch,), jnp.int32)]),
     }
 

@@ -1,9 +1,9 @@
 """Reads the machine code of Hopper kernels, as nvdisasm prints it.
 
-A warpgroup's matrix product (HGMMA) runs on while the next instructions do, and reads its left
-operand from registers all that time, if that is where it has it. Whoever writes to one of them
-before the product was waited for (WARPGROUP.DEPBAR) spoils it. ptxas takes care of that within a
-stretch of code, but was seen to forget it over the end of a loop's body.
+A warpgroup's matrix product (HGMMA, QGMMA in fp8) runs on while the next instructions do, and reads
+its left operand from registers all that time, if that is where it has it. Whoever writes to one of
+them before the product was waited for (WARPGROUP.DEPBAR) spoils it. ptxas takes care of that within
+a stretch of code, but was seen to forget it over the end of a loop's body.
 """
 
 import re
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?(.*?)\s*;")
 TARGET = re.compile(r"\.L_x_\d+")
-PRODUCT = re.compile(r"HGMMA\.\S+ R\d+, (?:R(\d+), )?gdesc")
+PRODUCT = re.compile(r"[HQ]GMMA\.\S+ R\d+, (?:R(\d+), )?gdesc")
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
 WRITE = re.compile(r"([A-Z]\S*) R(\d+)")
 LEFT_REGISTERS = 4  # of a thread: 64 x 16 numbers of 16 bits in a warpgroup
 # What has a register first without writing to it, or is a product itself.
-NO_WRITES = ("ST", "HGMMA", "BAR", "RED", "ATOM", "SYNCS", "UTMA", "EXIT", "WARPGROUP")
+NO_WRITES = ("ST", "HGMMA", "QGMMA", "BAR", "RED", "ATOM", "SYNCS", "UTMA", "EXIT", "WARPGROUP")
 
 
 def _instructions(text: str) -> tuple[list[str], dict[str, int]]:
@@ -39,7 +39,7 @@ def loops_with_products(text: str) -> list[list[str]]:
     for index, instruction in enumerate(found):
         target = TARGET.search(instruction) if instruction.startswith("BRA") else None
         start = labels.get(target[0], index) if target else index
-        if any("HGMMA" in one for one in found[start:index]):
+        if any("GMMA." in one for one in found[start:index]):
             spans.append((start, index))
 
     def holds_another(span: tuple[int, int]) -> bool:

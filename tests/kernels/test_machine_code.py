@@ -50,6 +50,10 @@ def test_a_product_left_to_the_next_round_is_followed_there():
     assert spoilt(first.replace("0x1", "0x2"))[:2] == ["FADD R80, R20, R21", "MOV R86, R1"]
 
 
+def test_products_in_fp8_are_found():
+    assert spoilt(LOOP.replace("HGMMA", "QGMMA").replace("FADD R20", "FADD R87")) != []
+
+
 def test_outer_loops_and_loops_without_products_are_left_out():
     outer = LOOP.replace("/*0010*/", "/*0008*/                   NOP ;\n.L_x_0:\n        /*0010*/")
     outer = outer.replace("EXIT", "BRA `(.L_x_0)")
@@ -70,7 +74,7 @@ def test_no_product_of_a_kernel_is_spoilt(tmp_path):
     print(json.dumps(found, indent=1))
     (join,) = (kernel for kernel in found if "mla_decode_join" in kernel)
     assert found.pop(join) == {"loops": 0, "spoilt": [], "spilt bytes": 0}
-    assert len(found) == 2 * 3 + 3 + 1 + 1 + 1 + 2 + 1
+    assert len(found) == 2 * 3 + 3 + 1 + 1 + 1 + 1 + 2 + 1
     for kernel, result in found.items():
         assert result["loops"] > 0, kernel
         assert result["spoilt"] == [], kernel
