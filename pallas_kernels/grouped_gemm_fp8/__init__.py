@@ -24,7 +24,7 @@ from pallas_kernels.grouped_gemm_fp8.quantize import (
 
 __all__ = ["BLOCK", "FP8", "grouped_gemm_fp8", "quantize_rows", "quantize_weights"]
 
-_OUT_DTYPES = (jnp.bfloat16, jnp.float32)
+_OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
 def _mosaic(*operands: jax.Array, dtype: Any) -> jax.Array:
@@ -103,11 +103,11 @@ def grouped_gemm_fp8(
             array.shape == shape and array.dtype == dtype,
             f"{name}: {operand} is {array.dtype}{list(array.shape)}, expected {dtype}{list(shape)}",
         )
+    out_dtype = jnp.dtype(out_dtype)
     _common.require(
-        out_dtype in _OUT_DTYPES,
-        f"{name}: out_dtype={jnp.dtype(out_dtype)}, choose bfloat16 or float32",
+        out_dtype in _OUT_DTYPES, f"{name}: out_dtype={out_dtype}, choose bfloat16 or float32"
     )
     run = _common.choose(name, implementation, _IMPLEMENTATIONS)
     operands = _common.vary_together(lhs_RK, lhs_scales_RA, rhs_GNK, rhs_scales_GBA, group_sizes_G)
-    run = functools.partial(run, dtype=jnp.dtype(out_dtype))
+    run = functools.partial(run, dtype=out_dtype)
     return _common.inference_only(f"{name}: has no gradient", run, *operands)
