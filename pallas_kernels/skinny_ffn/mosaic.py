@@ -2,12 +2,12 @@
 
 All rows are multiplied with every expert in use: a wgmma has 64 anyway, and it is the weights that
 take time. Which experts are in use is a short list, in order of their ids, that both launches read:
-the first gives what stands between an expert's two products, the second what each expert gives. A
-piece of work is 64 columns of an expert's result. A CTA does one after the other, the next one's
-weights on their way while it ends the last; an SM has one CTA of an expert, so that there is
-room for the kernels of the block's other path beside it.
+the first gives what stands between an expert's two products, the second sums of what some experts
+give. A piece of work is 64 columns of either. A CTA does one after the other, the next one's
+weights on their way while it ends the last; an SM has one CTA of them, so that there is room for
+the kernels of the block's other path beside it.
 
-M rows; D model, F expert width; X experts; S slots of the list.
+M rows; D model, F expert width; X experts; S slots of the list, in G parts.
 """
 
 import functools
@@ -26,6 +26,7 @@ from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, Stream, piece
 from pallas_kernels.skinny_gemm.mosaic import STAGES as DOWN_STAGES
 
 WIDE_STAGES = 4  # of three operands; as many bytes as the six of two
+ROWS_OF_AN_EXPERT = 16  # for so many rows each an expert more is added up before sums are written
 
 
 class Buffers(NamedTuple):
@@ -49,36 +50,48 @@ def _buffer_types(dtype: Any, out_dtype: Any, stages: int, matrices: int) -> Buf
 
 def _work(
     buffers: Buffers,
-    pieces: tuple[Any, int],
-    steps: int,
+    total: Any,
+    most: int,
+    tiles: int,
     sources: Callable[..., tuple[Any, ...]],
     finish: Callable[..., tuple[jax.Array, Any]],
 ) -> None:
-    """Every so many-th piece of work, by this CTA.
+    """Every so many-th piece of work, by this CTA: one is a part, all of its steps, for a tile.
 
     Args:
       buffers: shared memory.
-      pieces: slots in use, an int or traced, and tiles of 64 columns in each.
-      steps: of 64 contracted numbers in a piece.
-      sources: (slot, tile, step) -> windows of the rows and of every matrix.
-      finish: (slot, tile, sums of every matrix) -> a result and the window that it belongs to.
+      total: steps of all parts, of 64 contracted numbers each; an int or traced.
+      most: steps of a part; of the last one those that are left.
+      tiles: of 64 columns.
+      sources: (part, tile, step) -> windows of the rows and of every matrix.
+      finish: (part, tile, sums of every matrix) -> a result and the window that it belongs to.
     """
-    (slots, tiles), ctas = pieces, lax.axis_size("cta")
-    cta = lax.axis_index("cta")
-    mine = lax.div(slots * tiles - cta + (ctas - 1), jnp.int32(ctas))
+    cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
+    whole, rest = _mosaic.divmod_by(jnp.int32(total), most)
+
+    def pieces(parts: jax.Array) -> jax.Array:
+        """Of this CTA, in so many parts."""
+        return jnp.maximum(lax.div(parts * tiles - cta + (ctas - 1), jnp.int32(ctas)), 0)
+
+    long, mine = pieces(whole), pieces(whole + (rest > 0).astype(jnp.int32))
+
+    def first(n: jax.Array) -> jax.Array:
+        """Step that a piece begins with."""
+        return jnp.minimum(n, long) * most + jnp.maximum(n - long, 0) * rest
 
     def place(n: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _mosaic.divmod_by(cta + n * ctas, tiles)
 
     def load(i: jax.Array, stage: jax.Array) -> None:
-        n, step = _mosaic.divmod_by(i, steps)
-        x, *matrices = sources(*place(n), step)
+        late = lax.div(i - long * most, jnp.maximum(rest, 1))
+        n = jnp.where(i < long * most, lax.div(i, jnp.int32(most)), long + late)
+        x, *matrices = sources(*place(n), i - first(n))
         full = buffers.full.at[stage]
         for matrix, buffer in zip(matrices, buffers.matrices, strict=True):
             plgpu.copy_gmem_to_smem(matrix, buffer.at[stage], full)
         plgpu.copy_gmem_to_smem(x, buffers.x.at[stage, pl.ds(0, x.shape[0])], full)
 
-    stream = Stream(mine * steps, buffers.full, load)
+    stream = Stream(first(mine), buffers.full, load)
     stream.start()
 
     def one(n: jax.Array, _: None) -> None:
@@ -87,7 +100,7 @@ def _work(
                 for part, buffer in zip(sums, buffers.matrices, strict=True):
                     plgpu.wgmma(part, buffers.x.at[stage], buffer.at[stage])
 
-            stream.multiply(n * steps, (n + 1) * steps, products, len(sums))
+            stream.multiply(first(n), first(n + 1), products, len(sums))
             return tuple(part[...] for part in sums)
 
         acc = plgpu.ACC((ROWS, PIECE), jnp.float32)
@@ -116,7 +129,8 @@ def _swiglu_kernel(x: Any, gate: Any, up: Any, out: Any, buffers: Buffers) -> No
     def finish(_: jax.Array, tile: jax.Array, *sums: jax.Array) -> tuple[jax.Array, Any]:
         return _swiglu(*sums), out.at[rows, piece(tile)]
 
-    _work(buffers, (1, out.shape[1] // PIECE), x.shape[1] // PIECE, sources, finish)
+    steps = x.shape[1] // PIECE
+    _work(buffers, steps, steps, out.shape[1] // PIECE, sources, finish)
 
 
 def _wide_kernel(
@@ -136,20 +150,23 @@ def _wide_kernel(
         # What an expert makes of rows that don't select it may be anything.
         return jnp.where(weights == 0, 0.0, values * weights), out.at[slot, rows, piece(tile)]
 
-    _work(buffers, (used[0], tiles), x.shape[1] // PIECE, sources, finish)
+    steps = x.shape[1] // PIECE
+    _work(buffers, used[0] * steps, steps, tiles, sources, finish)
 
 
-def _down_kernel(ids_S: Any, used: Any, x: Any, down: Any, out: Any, buffers: Buffers) -> None:
-    rows = _mosaic.row_window(out.shape[1])
+def _down_kernel(
+    ids_S: Any, used: Any, x: Any, down: Any, out: Any, buffers: Buffers, *, each: int
+) -> None:
+    rows, steps = _mosaic.row_window(out.shape[1]), x.shape[2] // PIECE
 
-    def sources(slot: jax.Array, tile: jax.Array, step: jax.Array) -> tuple[Any, ...]:
-        part = piece(step)
-        return x.at[slot, rows, part], down.at[ids_S[slot], part, piece(tile)]
+    def sources(part: jax.Array, tile: jax.Array, step: jax.Array) -> tuple[Any, ...]:
+        slot, step = _mosaic.divmod_by(part * (each * steps) + step, steps)
+        return x.at[slot, rows, piece(step)], down.at[ids_S[slot], piece(step), piece(tile)]
 
-    def finish(slot: jax.Array, tile: jax.Array, sums: jax.Array) -> tuple[jax.Array, Any]:
-        return sums, out.at[slot, rows, piece(tile)]
+    def finish(part: jax.Array, tile: jax.Array, sums: jax.Array) -> tuple[jax.Array, Any]:
+        return sums, out.at[part, rows, piece(tile)]
 
-    _work(buffers, (used[0], out.shape[2] // PIECE), x.shape[2] // PIECE, sources, finish)
+    _work(buffers, used[0] * steps, each * steps, out.shape[2] // PIECE, sources, finish)
 
 
 def _launch(kernel: Any, out: Any, buffers: Buffers, ctas: int, name: str, *operands: Any) -> Any:
@@ -205,6 +222,7 @@ def skinny_experts(
 ) -> jax.Array:
     """The public operator, arguments already checked."""
     (M, K), (X, F, D), dtype = experts_MK.shape, down_XFD.shape, x_MD.dtype
+    each = pl.cdiv(M, ROWS_OF_AN_EXPERT)
     slots, ctas = min(M * K, X), _mosaic.num_sms()
     experts_MK = experts_MK.astype(jnp.int32)
     ids_S, used_1 = experts_in_use(experts_MK, X, slots)
@@ -224,19 +242,20 @@ def skinny_experts(
         x_MD,
         gate_up_XDF,
     )
-    out_SMD = _launch(
-        _down_kernel,
-        jax.ShapeDtypeStruct((slots, len(x_MD), D), jnp.float32),
+    parts = pl.cdiv(slots, each)
+    sums_GMD = _launch(
+        functools.partial(_down_kernel, each=each),
+        jax.ShapeDtypeStruct((parts, len(x_MD), D), jnp.float32),
         _buffer_types(dtype, jnp.float32, DOWN_STAGES, 1),
-        min(ctas, slots * D // PIECE),
+        min(ctas, parts * D // PIECE),
         "skinny_experts",
         ids_S,
         used_1,
         narrow_SMF,
         down_XFD,
     )
-    in_use_S11 = (jnp.arange(slots, dtype=jnp.int32) < used_1)[:, None, None]
-    return jnp.where(in_use_S11, out_SMD[:, :M], 0).sum(axis=0).astype(dtype)
+    in_use_G11 = (jnp.arange(parts, dtype=jnp.int32) * each < used_1)[:, None, None]
+    return jnp.where(in_use_G11, sums_GMD[:, :M], 0).sum(axis=0).astype(dtype)
 
 
 def _keep(operator: Any, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
