@@ -45,6 +45,7 @@ from longcat_jax.train_step import (
     abstract_boxes,
     abstract_state,
     compile_train_step,
+    resumed_state,
     router_watch,
 )
 
@@ -119,7 +120,13 @@ class Trainer:
             raise self.checkpoints.read_error(step, ValueError(f"data: {error!r}")) from error
         optimizer = found["optimizer"]
         print(f"resuming from step {step}", flush=True)
-        return TrainState(optimizer["step"], found["params"], optimizer["state"])
+        return resumed_state(
+            self.config,
+            self.mesh,
+            step=optimizer["step"],
+            params=found["params"],
+            opt_state=optimizer["state"],
+        )
 
     def _compile(self) -> Callable:
         """The step, compiled before the clock of the first interval runs."""

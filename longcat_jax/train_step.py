@@ -34,7 +34,7 @@ from longcat_jax.optim.chain import make_optimizer
 from longcat_jax.optim.frozen import frozen_mask, stop_frozen_gradients
 from longcat_jax.parallel.compiler import compiler_options
 from longcat_jax.parallel.expert import capacity, chosen
-from longcat_jax.parameters import unbox
+from longcat_jax.parameters import master_dtype, unbox
 from longcat_jax.sharding import BATCH_AXES, parameter_shardings
 from pallas_kernels import kernels
 
@@ -60,6 +60,9 @@ class TrainState:
     """Optimizer steps done, int32."""
     params: Any
     opt_state: Any
+    copies: Any
+    """`longcat.working_copies` of params: written with them, read by both passes of the next step.
+    """
 
 
 def abstract_boxes(config: Config) -> Any:
@@ -72,7 +75,7 @@ def _is_masked(node: Any) -> bool:
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
-    """NamedSharding of every leaf of the state; optimizer moments lie like their parameters."""
+    """NamedSharding of every leaf of the state; moments and copies lie like their parameters."""
     boxed = abstract_boxes(config)
     tx, params = make_optimizer(config, boxed), parameter_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, P())
@@ -85,7 +88,9 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
         transform_non_params=lambda _: replicated,
         is_leaf=_is_masked,
     )
-    return TrainState(replicated, params, opt_state)
+    copies = jax.eval_shape(lambda p: longcat.working_copies(p, config.model), unbox(boxed))
+    copied = jax.tree.map(lambda own, copy: None if copy is None else own, params, copies)
+    return TrainState(replicated, params, opt_state, copied)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -101,7 +106,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 def _fresh_state(config: Config, boxed: Any, params: Any) -> TrainState:
     tx = make_optimizer(config, boxed)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    copies = longcat.working_copies(params, config.model)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), copies)
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
@@ -127,6 +133,17 @@ def state_from_params(config: Config, mesh: Mesh, params: Any) -> TrainState:
     return jax.jit(make, out_shardings=state_shardings(config, mesh))(params)
 
 
+def resumed_state(
+    config: Config, mesh: Mesh, *, step: jax.Array, params: Any, opt_state: Any
+) -> TrainState:
+    """A run's state from what its checkpoint holds, arrays as in `abstract_state`."""
+    copy = jax.jit(
+        lambda master: longcat.working_copies(master, config.model),
+        out_shardings=state_shardings(config, mesh).copies,
+    )
+    return TrainState(step, params, opt_state, copy(params))
+
+
 def _gradients(
     params: Any, config: Config, batch: Batch, totals: Denominators
 ) -> tuple[LossTerms, RouterCounts, Any]:
@@ -139,13 +156,17 @@ def _gradients(
         return total_loss(terms, config), (terms, counts)
 
     (_, (terms, counts)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return terms, counts, grads
+    wide = master_dtype(config.model)
+    return terms, counts, jax.tree.map(lambda grad: grad.astype(wide), grads)
 
 
 def accumulated_gradients(
     params: Any, config: Config, batch: Batch
 ) -> tuple[LossTerms, RouterCounts, Any]:
-    """Losses, counts and gradients of the global batch, summed over its micro-batches in order."""
+    """Losses, counts and gradients of the global batch, summed over its micro-batches in order.
+
+    Gradients have the dtype of master weights, whichever `params` have.
+    """
     totals = denominators(batch, config)
     return _summed(
         lambda part: _gradients(params, config, part, totals), batch, config.train.accumulate
@@ -202,11 +223,13 @@ def train_step(
       token_bytes_W: bytes of text that each token stands for (bits per byte).
       config: static.
     """
-    terms, counts, grads = accumulated_gradients(state.params, config, batch)
+    working = longcat.with_copies(state.params, state.copies)
+    terms, counts, grads = accumulated_gradients(working, config, batch)
     tx = make_optimizer(config, abstract_boxes(config))
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params, load_LE=counts.load_LE)
         params = optax.apply_updates(state.params, updates)
+        copies = longcat.working_copies(params, config.model)
     has_next, _ = target_masks(batch)
     text_bytes = jnp.where(has_next, token_bytes_W[batch["tokens"][:, 1:]], 0).sum()
     bits = terms.loss * has_next.sum() / jnp.log(2.0)
@@ -222,7 +245,7 @@ def train_step(
         "pid_mu": schedules.pid_gain(config.optim, config.train.steps)(state.step),
         **router_metrics(counts, config),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, copies), metrics
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Callable:

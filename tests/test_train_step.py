@@ -1,5 +1,6 @@
 """The train step: golden losses, accumulation, remat, compiled program, metrics, router watch."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,11 +11,14 @@ import pytest
 
 from longcat_jax.losses import RouterCounts, cross_entropy, denominators, loss_terms, target_masks
 from longcat_jax.optim import schedules
+from longcat_jax.parameters import by_path
 from longcat_jax.sharding import make_mesh
 from longcat_jax.train_step import (
     abstract_state,
     compile_train_step,
     evaluation_step,
+    init_state,
+    resumed_state,
     router_metrics,
     router_watch,
     state_from_params,
@@ -217,10 +221,25 @@ def test_no_array_of_all_rows_and_the_whole_vocabulary_in_the_step():
     assert _logits(loss.lower(hidden, head).compile().as_text(), rows)
 
 
-def test_a_bfloat16_step_keeps_float32_state_is_bit_repeatable_and_near_the_float64_loss():
-    config = tiny_config(model={"dtype": "bfloat16"})
-    mesh, batch = make_mesh(config.mesh), random_batch(config)
-    step = compile_train_step(config, mesh)
+# In bfloat16.
+
+
+def _assert_same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((first, second)))
+
+
+def _bfloat16_start(*, accumulate=1):
+    """Config, mesh and state of the tiny job in bfloat16, without the MTP head."""
+    model = {"dtype": "bfloat16", "num_nextn_predict_layers": 0}
+    config = tiny_config(model=model, train={"accumulate": accumulate})
+    mesh = make_mesh(config.mesh)
+    return config, mesh, state_from_params(config, mesh, random_params(config))
+
+
+@pytest.fixture(scope="module")
+def bfloat16_run():
+    """Two steps from one start, twice: states and metrics after them."""
 
     def run():
         state, metrics = state_from_params(config, mesh, random_params(config)), None
@@ -228,14 +247,60 @@ def test_a_bfloat16_step_keeps_float32_state_is_bit_repeatable_and_near_the_floa
             state, metrics = step(state, batch, token_bytes(config))
         return jax.device_get((state, metrics))
 
-    first, second = run(), run()
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_array_equal(a, b)
+    with exact():
+        config, mesh, _ = _bfloat16_start()
+        step, batch = compile_train_step(config, mesh), random_batch(config)
+        return run(), run()
+
+
+def test_a_bfloat16_step_keeps_float32_state_is_bit_repeatable_and_near_the_float64_loss(
+    bfloat16_run,
+):
+    first, second = bfloat16_run
+    _assert_same(first, second)
     state, metrics = first
-    floats = [x.dtype for x in jax.tree.leaves(state) if np.issubdtype(x.dtype, np.floating)]
+    kept = state.step, state.params, state.opt_state
+    floats = [x.dtype for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {np.dtype(np.float32)}
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(first))
     assert metrics["loss"] == pytest.approx(trained().losses[0]["loss"], rel=0.1)
+
+
+def _assert_copies(state):
+    """Blocks' weights, routers left out, are the parameters in bfloat16."""
+    params = by_path(jax.device_get(state.params))
+    copies = by_path(jax.device_get(state.copies))
+    assert set(copies) == {p for p in params if p.startswith("layers/") and "/router/" not in p}
+    for path, copy in copies.items():
+        assert copy.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(copy, params[path].astype(copy.dtype), err_msg=path)
+
+
+def test_copies_are_those_of_the_parameters_at_a_start_after_steps_and_after_a_restore(
+    bfloat16_run,
+):
+    config, mesh, start = _bfloat16_start()
+    state = bfloat16_run[0][0]
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), random_params(config))
+    kept = dict(step=state.step, params=state.params, opt_state=state.opt_state)
+    resumed = resumed_state(config, mesh, **kept)
+    for one in (start, init_state(config, mesh), state_from_params(config, mesh, narrow), resumed):
+        _assert_copies(one)
+    _assert_copies(state)
+    _assert_same(resumed, state)
+    assert not jax.tree.leaves(trained().states[0].copies), "float64 computes with the parameters"
+
+
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_step_from_copies_is_that_from_the_parameters_bit_for_bit(accumulate):
+    config, _, state = _bfloat16_start(accumulate=accumulate)
+    step = jax.jit(functools.partial(train_step, config=config))
+    rest = random_batch(config), token_bytes(config)
+    converting = dataclasses.replace(state, copies=jax.tree.map(lambda _: None, state.params))
+    found = step(state, *rest)
+    _assert_same(found, step(converting, *rest))
+    other = dataclasses.replace(state, copies=jax.tree.map(jnp.zeros_like, state.copies))
+    assert step(other, *rest)[1]["loss"] != found[1]["loss"], "copies are what is computed with"
 
 
 # Router watch.

@@ -128,8 +128,8 @@ def _attention_input(config: ModelConfig, sequence: Sequence) -> AttentionInput:
 def working_layers(params: Params, config: ModelConfig) -> Params:
     """The stacked layers in the dtype that blocks compute in; routers keep their own.
 
-    Made once a step, not in every layer: the weights are converted once for both passes, and their
-    gradients are stacked in that dtype, which is the one they are computed in.
+    Not converted in every layer: once for both passes, where training has not done it
+    (`working_copies`), and gradients are stacked in that dtype, the one they are computed in.
     """
     layers = params["layers"]
     router = layers["mlp"]["router"]
@@ -143,6 +143,21 @@ def working_params(params: Params, config: ModelConfig) -> Params:
     rest = {name: tree for name, tree in params.items() if name != "layers"}
     cast = jax.tree.map(lambda w: w.astype(config.dtype), rest)
     return {**cast, "layers": working_layers(params, config)}
+
+
+def working_copies(params: Params, config: ModelConfig) -> Params:
+    """`working_layers` of the parameters, None for each that is used in its own dtype.
+
+    Training keeps them beside its master weights. Tables and the unembedding have none: their
+    gradients are summed in float32 over tokens, which those of copies would not be.
+    """
+    working = {**params, "layers": working_layers(params, config)}
+    return jax.tree.map(lambda p, w: None if w.dtype == p.dtype else w, params, working)
+
+
+def with_copies(params: Params, copies: Params) -> Params:
+    """`params` with `working_copies` in the place of what they are copies of."""
+    return jax.tree.map(lambda p, copy: p if copy is None else copy, params, copies)
 
 
 def decoding_params(params: Params, config: ModelConfig) -> Params:

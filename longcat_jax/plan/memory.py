@@ -1,8 +1,8 @@
 """Bytes on each device: arguments exactly, temporaries by formula.
 
 Arguments are what the compiled step is called with (`memory_analysis().argument_size_in_bytes`).
-Temporaries are copies of weights, sums of gradients, and the largest of what stands together while
-the loss, a block's backward pass and the embedding's gradient run, one after the other.
+Temporaries are sums of gradients, and the largest of what stands together while the loss, a block's
+backward pass and the embedding's gradient run, one after the other.
 """
 
 import dataclasses
@@ -53,12 +53,16 @@ def abstract_arguments(config: Config, mesh: Any) -> tuple:
 @functools.lru_cache(maxsize=1024)
 def _state_bytes(
     model: ModelConfig, optim: OptimConfig, proxy: ProxyConfig, mesh: MeshConfig
-) -> tuple[int, int]:
-    """Bytes on a device of the weights, and of the optimizer's state with the step's number."""
+) -> tuple[int, int, int]:
+    """Bytes on a device of the weights, of the optimizer's state with the step's number, and of the
+    copies of weights.
+    """
     rows = TrainConfig(steps=1, global_batch=mesh.batch_shards, sequence_length=4 * mesh.context)
     config = Config(model=model, train=rows, optim=optim, mesh=mesh, proxy=proxy)
     state = abstract_state(config, abstract_mesh(mesh))
-    return bytes_per_device(state.params), bytes_per_device((state.opt_state, state.step))
+    kept = state.params, (state.opt_state, state.step), state.copies
+    weights, optimizer, copies = map(bytes_per_device, kept)
+    return weights, optimizer, copies
 
 
 def bytes_per_device(abstract: Any) -> int:
@@ -78,10 +82,10 @@ class Memory:
 
     weights: int
     optimizer: int
+    copies: int
+    """Blocks' weights in the dtype that they are computed in, where that is another one."""
     batch: int
     """Tokens, their places, and the table of the tokens' bytes."""
-    copies: int
-    """Weights in the dtype that they are computed in, where that is another one."""
     sums: int
     """Gradients over micro-batches, where there are several."""
     gradients: int
@@ -102,14 +106,14 @@ class Memory:
     @property
     def arguments(self) -> int:
         """What the step is called with."""
-        return self.weights + self.optimizer + self.batch
+        return self.weights + self.optimizer + self.copies + self.batch
 
     @property
     def temporaries(self) -> int:
         """What the step needs besides."""
         both = self.kept + self.gradients if self.in_loop else max(self.kept, self.gradients)
         moments = self.kept + self.loss, both + self.block, self.gradients + self.embedding
-        return self.copies + self.sums + max(moments)
+        return self.sums + max(moments)
 
     @property
     def total(self) -> int:
@@ -120,7 +124,7 @@ class Memory:
 def memory(job: Job) -> Memory:
     """Bytes of the fullest device."""
     config = job.config
-    weights, optimizer = _state_bytes(config.model, config.optim, config.proxy, config.mesh)
+    weights, optimizer, copies = _state_bytes(config.model, config.optim, config.proxy, config.mesh)
     in_loop = config.train.unroll < job.model.num_layers
     # Gradients of activations take the place of activations that they have used up.
     values, weights_twice = _block_values(job), 2 * _gathered_block(job)
@@ -132,14 +136,13 @@ def memory(job: Job) -> Memory:
         # A loop takes what is kept out of its stacks.
         there = 0 if in_loop or config.train.remat == "full" else kept
         again = max(values - there, 0)
-    narrow = weights * job.itemsize // job.wide
     return Memory(
         weights=weights,
         optimizer=optimizer,
+        copies=copies,
         batch=bytes_per_device(_batch(config, abstract_mesh(config.mesh))),
-        copies=narrow if job.itemsize < job.wide else 0,
         sums=weights if job.micro_batches > 1 else 0,
-        gradients=narrow,
+        gradients=weights * job.itemsize // job.wide,
         kept=job.model.num_layers * kept * job.itemsize,
         block=again * job.itemsize + weights_twice + _attention_scratch(job),
         loss=_loss(job),

@@ -75,8 +75,8 @@ def memory(found: Memory, hardware: Hardware) -> str:
     named = {
         "master weights, float32": found.weights,
         "optimizer state": found.optimizer,
+        "blocks' weights in the compute dtype": found.copies,
         "batch": found.batch,
-        "weights in the compute dtype": found.copies,
         "sums of gradients": found.sums,
         "gradients of a micro-batch": found.gradients,
         "activations kept for the backward pass": found.kept,

@@ -18,7 +18,9 @@ from longcat_jax.plan.traffic import Flow
 
 FLOAT32 = 4
 OPTIMIZER_BYTES = 7 * FLOAT32
-"""Of a parameter: it, its gradient and two moments are read; it and the moments are written."""
+"""Of a parameter: it, its gradient and two moments are read; it, its copy and the moments are
+written. Gradient and copy, in the compute dtype, count as one.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
