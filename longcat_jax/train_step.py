@@ -259,7 +259,11 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable:
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(mesh, deterministic=config.deterministic),
+        compiler_options=compiler_options(
+            mesh,
+            deterministic=config.deterministic,
+            loop=config.train.unroll < config.model.num_layers,
+        ),
     )
 
 

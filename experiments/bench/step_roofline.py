@@ -96,6 +96,13 @@ def _name(line: hlo.Instruction) -> str:
     return kernel[1] if kernel else "cublas" if "__cublas" in line.attributes else line.name
 
 
+def _of_kernel(line: hlo.Instruction, inside: tuple[hlo.Instruction, ...]) -> hlo.Instruction:
+    """The kernel or product of a fusion that only says where its operands lie; else `line`."""
+    if not line.name.startswith("dynamic_slice_fusion"):
+        return line
+    return next((one for one in inside if one.opcode == "custom-call"), line)
+
+
 def operations(program: hlo.Program) -> Iterator[Operation]:
     """All that takes time in one run of the program."""
     reader = hlo.Reader(program)
@@ -103,13 +110,14 @@ def operations(program: hlo.Program) -> Iterator[Operation]:
         for line in program.computations[computation]:
             if line.opcode in (*FREE, *OUTER) or line.opcode.endswith("-done"):
                 continue
-            inner = next(iter(reader.called(line)), None)
+            inner, source = next(iter(reader.called(line)), None), line
             if inner and line.opcode.startswith(("fusion", "async")):
-                moved = _fusion_bytes(program.computations[inner[0]])
+                inside = program.computations[inner[0]]
+                moved, source = _fusion_bytes(inside), _of_kernel(line, inside)
             else:
                 moved = _size(reader.operands(computation, line)) + _size(line.shapes)
             flops = reader.products(computation, line)
-            yield Operation(_name(line), line.op_name, times, moved, flops)
+            yield Operation(_name(source), source.op_name, times, moved, flops)
 
 
 def report(found: list[Operation], count: int) -> None:

@@ -35,8 +35,11 @@ def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def rematerialised(function: Callable, policy: str, *, in_loop: bool) -> Callable:
-    """`function` under a policy of config.REMAT_POLICIES; outside of a loop XLA would see that the
-    backward pass makes the same again, and keep everything, were it not kept from it.
+    """`function` of a layer's input and its weights under a policy of config.REMAT_POLICIES.
+
+    Outside of a loop XLA would see that the backward pass makes the same again, and keep
+    everything, were it not kept from it. The input is enough for that; weights stay what they are
+    to XLA, a part of their stack that products read where it lies (parallel/compiler.py).
     """
     if policy == "none" and axis_size("fsdp") == 1:
         return function
@@ -46,4 +49,4 @@ def rematerialised(function: Callable, policy: str, *, in_loop: bool) -> Callabl
         "selective": jax.checkpoint_policies.save_only_these_names(KEPT, RESULT),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
-    return jax.checkpoint(function, policy=policies[policy], prevent_cse=not in_loop)
+    return jax.checkpoint(function, policy=policies[policy], prevent_cse=(not in_loop, False))

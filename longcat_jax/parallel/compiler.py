@@ -2,9 +2,10 @@
 
 from jax.sharding import Mesh
 
-KERNELS = {
+LOOP = {
     # XLA would fuse a kernel with the write of its result into a layer stack, and run it once more
-    # for its other readers.
+    # for its other readers. Without a loop there is no such write, and kernels and products read a
+    # layer's weights where they lie in their stack.
     "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 DETERMINISTIC = {
@@ -26,13 +27,15 @@ DECODING = {
 """Of generate.run; other platforms than GPUs pass over them."""
 
 
-def compiler_options(mesh: Mesh, *, deterministic: bool) -> dict[str, int]:
+def compiler_options(mesh: Mesh, *, deterministic: bool, loop: bool) -> dict[str, int]:
     """What `jax.jit(compiler_options=...)` takes for programs on this mesh.
 
     Args:
       mesh: of the devices that the program is for.
       deterministic: whether every process shall get the same program.
+      loop: whether they loop over layers.
     """
     if mesh.devices.flat[0].platform != "gpu":
         return {}
-    return KERNELS | (DETERMINISTIC if deterministic else {}) | (OVERLAP if mesh.size > 1 else {})
+    wanted = (LOOP, loop), (DETERMINISTIC, deterministic), (OVERLAP, mesh.size > 1)
+    return {name: value for options, on in wanted if on for name, value in options.items()}

@@ -239,7 +239,7 @@ def test_train_step_uses_the_kernels_and_scatters_no_floats():
         args = state, batch, token_bytes(config)
         # Not donated: the step runs twice from the same state.
         lowered = jax.jit(compile_train_step(config, devices).__wrapped__).lower(*args)
-        compiled = lowered.compile(compiler_options(devices, deterministic=True))
+        compiled = lowered.compile(compiler_options(devices, deterministic=True, loop=True))
         first, second = (jax.device_get(compiled(*args)) for _ in range(2))
     text = lowered.as_text()
     kernels = (
