@@ -150,6 +150,18 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same_run(trained, tmp_path / "killed", 60)
 
 
+def test_a_bfloat16_run_resumes_to_the_same_bits(corpus: Path, tmp_path: Path) -> None:
+    """Its blocks' weights in bfloat16 are not saved, but made from those that are."""
+    config = job(corpus, steps=3, checkpoint_every=2)
+    model = dataclasses.replace(config.model, dtype="bfloat16", num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, model=model)
+    train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    back_to(tmp_path / "resumed", 2)
+    train(config, tmp_path / "resumed")
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed", 3)
+
+
 @pytest.mark.slow
 def test_the_same_command_twice_is_bit_equal_with_a_profile_too(
     corpus: Path, trained: Path, tmp_path: Path

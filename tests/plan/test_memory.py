@@ -30,31 +30,34 @@ def test_arguments_of_the_compiled_step_are_exactly_those_planned():
 def test_the_released_model_on_1024_devices():
     found = memory(released())
     # What XLA reports of the step compiled for 1024 devices.
-    assert found.arguments == 13_180_118_080
+    assert found.arguments == 15_365_010_496
     assert found.optimizer == pytest.approx(2 * found.weights, rel=1e-4)
-    assert 2 * found.gradients == 2 * found.copies == found.weights == found.sums
+    assert 2 * found.gradients == found.weights == found.sums
+    # Of routers, tables and the unembedding there are no copies.
+    assert 0.99 * found.gradients < found.copies < found.gradients
     whole = released("train.accumulate=1")
     assert memory(whole).sums == 0
     assert memory(whole).kept == 4 * found.kept == 4 * 28 * 8192 * 6144 * 2
-    always = found.arguments + found.copies + found.sums
+    always = found.arguments + found.sums
     assert found.total == always + found.gradients + found.kept + found.block
 
 
 @pytest.mark.parametrize(
     "overrides, gigabytes",
     [
-        ([], 45.8),
-        (["train.remat=selective"], 38.81),
-        (["train.remat=selective", "train.vocab_chunk=8192"], 36.69),
-        (["train.remat=selective", "train.accumulate=2"], 31.00),
-        (["train.remat=selective", "train.unroll=1"], 46.50),
-        (["train.remat=full", "train.unroll=1"], 20.18),
+        ([], 73.81),
+        (["train.remat=selective"], 67.05),
+        (["train.remat=selective", "train.vocab_chunk=8192"], 65.68),
+        (["train.remat=selective", "train.accumulate=2"], 59.59),
+        (["train.remat=selective", "train.unroll=1"], 74.68),
+        (["train.remat=full", "train.unroll=1"], 47.94),
     ],
 )
 def test_mini_2b_on_one_device(overrides, gigabytes):
     found = memory(Job(load_config("configs/mini_2b.py", overrides)))
     # What XLA reports of the step compiled for an H100 (plan/deviceless.py).
-    assert found.temporaries == pytest.approx(gigabytes * 1e9, rel=0.04)
+    assert found.arguments == 32_361_865_328
+    assert found.total == pytest.approx(gigabytes * 1e9, rel=0.03)
 
 
 def test_parts_are_all_parameters_and_cut_as_the_rules_say():
