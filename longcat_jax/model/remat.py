@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from longcat_jax.sharding import axis_size
+from longcat_jax.sharding import DENSE, axis_size
 from pallas_kernels import RESULT
 
 KEPT = "kept"
@@ -38,8 +38,9 @@ def rematerialised(function: Callable, policy: str, *, in_loop: bool) -> Callabl
     """`function` of a layer's input and its weights under a policy of config.REMAT_POLICIES.
 
     Outside of a loop XLA would see that the backward pass makes the same again, and keep
-    everything, were it not kept from it. The input is enough for that; weights stay what they are
-    to XLA, a part of their stack that products read where it lies (parallel/compiler.py).
+    everything, were it not kept from it. The input is enough for that, but for weights that are cut
+    and gathered in either pass. Others stay what they are to XLA, a part of their stack that
+    products read where it lies (parallel/compiler.py).
     """
     if policy == "none" and axis_size("fsdp") == 1:
         return function
@@ -49,4 +50,6 @@ def rematerialised(function: Callable, policy: str, *, in_loop: bool) -> Callabl
         "selective": jax.checkpoint_policies.save_only_these_names(KEPT, RESULT),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
-    return jax.checkpoint(function, policy=policies[policy], prevent_cse=(not in_loop, False))
+    gathered = any(axis_size(axis) > 1 for axis in DENSE)
+    apart = not in_loop, not in_loop and gathered
+    return jax.checkpoint(function, policy=policies[policy], prevent_cse=apart)
