@@ -44,13 +44,15 @@ def test_a_case_refills_its_stages():
     assert case.model // mosaic.PIECE > 2 * mosaic.WIDE_STAGES
 
 
-def test_a_case_gives_a_cta_pieces_of_both_launches():
+def test_a_case_gives_a_cta_pieces_of_both_launches_and_a_short_one():
     case = interpreted_ffn.CASES["many experts"]
-    for width, steps, stages in (
-        (case.width, case.model // mosaic.PIECE, mosaic.WIDE_STAGES),
-        (case.model, case.width // mosaic.PIECE, mosaic.DOWN_STAGES),
+    used, each = case.experts - 1, -(-case.rows // mosaic.ROWS_OF_AN_EXPERT)
+    assert each == 2 and used % each == 1
+    for width, parts, steps, stages in (
+        (case.width, used, case.model // mosaic.PIECE, mosaic.WIDE_STAGES),
+        (case.model, used // each, each * case.width // mosaic.PIECE, mosaic.DOWN_STAGES),
     ):
-        pieces = case.experts * width // mosaic.PIECE // NUM_SMS
+        pieces = parts * width // mosaic.PIECE // NUM_SMS
         assert pieces > 2 and pieces * steps > stages
 
 
