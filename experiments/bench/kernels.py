@@ -26,17 +26,13 @@ from pallas_kernels import (
     gather_rows,
     gather_sum,
     grouped_gemm,
-    grouped_gemm_fp8,
     grouped_gemm_weight_gradient,
-    quantize_rows,
-    quantize_weights,
+    rms_norm,
     scatter_add,
 )
 from pallas_kernels.gather_combine import shapes as gather_shapes
 from pallas_kernels.grouped_gemm import shapes as grouped_shapes
-from pallas_kernels.grouped_gemm.schedule import Tiling
-from pallas_kernels.grouped_gemm_fp8 import mosaic as fp8_mosaic
-from pallas_kernels.grouped_gemm_fp8.quantize import dequantize_rows, dequantize_weights
+from pallas_kernels.rms_norm import shapes as norm_shapes
 from pallas_kernels.scatter_add import shapes as scatter_shapes
 
 SETS = 3
@@ -283,126 +279,6 @@ def bench_ffn(rounds: int) -> None:
     timing.table("expert FFN", ["ms", "TFLOP/s"], {"forward + backward": cells})
 
 
-def _torch_fp8(
-    sets: list[Any], weights: list[Any], sizes: np.ndarray
-) -> dict[str, timing.Contender]:
-    """torch's grouped product in fp8, which has one scale a row and one an output column."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-    if not hasattr(torch, "_scaled_grouped_mm"):
-        print("torch is left out: it has no _scaled_grouped_mm")
-        return {}
-    offsets = torch.tensor(np.cumsum(sizes), dtype=torch.int32, device="cuda")
-    limit = torch.finfo(torch.float8_e4m3fn).max
-
-    def quantize(x: Any) -> tuple[Any, Any]:
-        scales = x.abs().amax(dim=-1, keepdim=True).float() / limit
-        values = (x.float() / scales).clamp(-limit, limit).to(torch.float8_e4m3fn)
-        return values, scales[..., 0].contiguous()
-
-    shared = []
-    for (lhs, _, _), rhs_GNK in zip(sets, weights, strict=True):
-        left, left_scales = quantize(torch.from_dlpack(lhs))
-        right, right_scales = quantize(torch.from_dlpack(rhs_GNK))
-        shared.append((left, right.transpose(1, 2), left_scales, right_scales))
-
-    def run(fast: bool) -> list[Any]:
-        options = dict(offs=offsets, out_dtype=torch.bfloat16, use_fast_accum=fast)
-        return [torch._scaled_grouped_mm(*arrays, **options) for arrays in shared]
-
-    wait = lambda _: torch.cuda.synchronize()  # noqa: E731
-    names = {"torch fp8, scales by row": False, "torch fp8, scales by row, fast sums": True}
-    found = {}
-    for name, fast in names.items():
-        try:
-            wait(run(fast))
-        except RuntimeError as error:
-            print(f"{name} is left out: {str(error).splitlines()[0]}")
-        else:
-            run_it = functools.partial(run, fast)
-            found[name] = timing.Contender(run_it, len(shared), wait)
-    return found
-
-
-def _fp8_errors(sets: list[Any], quantized: list[Any], sizes: np.ndarray) -> str:
-    """Norm errors on the first and last row of every group: of the kernel's float32 against the
-    dequantised operands, and of both kernels' bfloat16 against the operands themselves.
-    """
-    (lhs, rhs, _), (left, left_scales, right, right_scales) = sets[0], quantized[0]
-    ends, sizes_G = np.cumsum(sizes), jnp.asarray(sizes)
-    rows = np.stack([ends - sizes, ends - 1], axis=1)
-    exact = functools.partial(jnp.einsum, "gik,gnk->gin", precision=jax.lax.Precision.HIGHEST)
-
-    def against(wanted: Any, got: Any) -> float:
-        wanted = np.asarray(wanted, np.float64)
-        return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
-
-    def ours(dtype: Any) -> Any:
-        operands = left, left_scales, right, right_scales, sizes_G
-        out = grouped_gemm_fp8(*operands, out_dtype=dtype, implementation="mosaic")
-        return out[rows].astype(jnp.float32)
-
-    rows_of_groups = dequantize_rows(left[rows.reshape(-1)], left_scales[rows.reshape(-1)])
-    dequantised = exact(
-        rows_of_groups.reshape(*rows.shape, -1), dequantize_weights(right, right_scales)
-    )
-    plain = exact(lhs[rows].astype(jnp.float32), rhs.swapaxes(1, 2).astype(jnp.float32))
-    bf16 = mosaic_gemm(lhs, rhs, sizes_G)[rows].astype(jnp.float32)
-    return (
-        f"error {against(dequantised, ours(jnp.float32)):.1e} of the dequantised product; "
-        f"{against(plain, ours(jnp.bfloat16)):.1e} of the product, bf16 {against(plain, bf16):.1e}"
-    )
-
-
-def bench_fp8(rounds: int) -> None:
-    """The forward product in fp8 with scales by block, with several tilings and with its rows
-    quantised first, against ours in bfloat16 and torch's in fp8.
-    """
-    tilings = fp8_mosaic.TILING, Tiling(4, "columns"), Tiling(8, "rows"), Tiling(4, "rows")
-
-    def in_fp8(sets: Any, quantized: Any, sizes: Any, *, tiling: Tiling) -> list[Any]:
-        product = functools.partial(fp8_mosaic.grouped_gemm_fp8, dtype=jnp.bfloat16, tiling=tiling)
-        return [product(*arrays, sizes) for arrays in quantized]
-
-    def rows_too(sets: Any, quantized: Any, sizes: Any) -> list[Any]:
-        product = functools.partial(grouped_gemm_fp8, implementation="mosaic")
-        return [
-            product(*quantize_rows(arrays[0]), *weights[2:], sizes)
-            for arrays, weights in zip(sets, quantized, strict=True)
-        ]
-
-    def in_bf16(sets: Any, quantized: Any, sizes: Any) -> list[Any]:
-        return [mosaic_gemm(lhs, rhs, sizes) for lhs, rhs, _ in sets]
-
-    for shape in grouped_shapes.PRODUCTION:
-        sets, sizes = draw_operands(shape), uneven_groups(shape.rows, shape.groups)
-        weights = [jnp.swapaxes(rhs, 1, 2) for _, rhs, _ in sets]
-        rows_of, weights_of = jax.jit(quantize_rows), jax.jit(quantize_weights)
-        quantized = [
-            (*rows_of(lhs), *weights_of(w)) for (lhs, _, _), w in zip(sets, weights, strict=True)
-        ]
-        args = sets, quantized, jnp.asarray(sizes)
-        functions = {"bf16": (in_bf16, args), "fp8, rows quantised first": (rows_too, args)}
-        for tiling in tilings:
-            name = f"fp8, panel {tiling.panel}, pairs along {tiling.pair}"
-            functions[name] = functools.partial(in_fp8, tiling=tiling), args
-        compiled = timing.compile_all(functions)
-        contenders = {n: timing.jax_contender(c, args, SETS) for n, c in compiled.items()}
-        contenders |= _torch_fp8(sets, weights, sizes)
-        seconds = timing.medians(contenders, rounds=rounds)
-        flops = 2 * shape.rows * shape.contract * shape.width
-        cells = {
-            name: [f"{1e3 * s:.3f}", f"{flops / s / 1e12:.0f}", f"{seconds['bf16'] / s:.2f}"]
-            for name, s in seconds.items()
-        }
-        timing.table(f"fp8, {tuple(shape)}", ["ms", "TFLOP/s", "x bf16"], cells)
-        first = f"fp8, panel {tilings[0].panel}, pairs along {tilings[0].pair}"
-        equal = timing.repeatable(compiled[first], *args)
-        print(f"{_fp8_errors(sets, quantized, sizes)}; {timing.REPEATS} runs bit-equal: {equal}")
-
-
 def _ids(name: str, shape: scatter_shapes.Shape) -> jax.Array:
     rng = np.random.default_rng(3)
     ids = rng.integers(0, shape.destinations, shape.rows)
@@ -518,15 +394,38 @@ def bench_gather(rounds: int) -> None:
         timing.table(str(tuple(shape)), header, cells)
 
 
+def bench_norm(rounds: int) -> None:
+    """Gradient of a norm with that of the residual stream: milliseconds, bytes per second."""
+
+    def run(kind: str, *arrays: jax.Array) -> Any:
+        x, weight, *gradients = arrays
+        norm = functools.partial(rms_norm, eps=1e-5, implementation=kind)
+        return jax.vjp(norm, x, weight)[1](tuple(gradients))
+
+    cells = {}
+    for shape in norm_shapes.PRODUCTION:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, *gradients = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+        args = x, jnp.ones(shape.width), *gradients
+        kinds = {"ours": "mosaic", "XLA": "reference"}
+        functions = {name: (functools.partial(run, kind), args) for name, kind in kinds.items()}
+        compiled = timing.compile_all(functions)
+        contenders = {name: timing.jax_contender(c, args, 1) for name, c in compiled.items()}
+        for name, seconds in timing.medians(contenders, rounds=rounds).items():
+            rate = 4 * x.nbytes / seconds / 1e12  # three are read, one is written
+            cells[f"{tuple(shape)}, {name}"] = [f"{1e3 * seconds:.3f}", f"{rate:.2f}"]
+    timing.table("gradient of a norm", ["ms", "TB/s"], cells)
+
+
 BENCHES = {
     "grouped": bench_grouped,
     "skew": bench_skew,
     "accumulate": bench_accumulate,
-    "fp8": bench_fp8,
     "decode": bench_decode,
     "ffn": bench_ffn,
     "scatter": bench_scatter,
     "gather": bench_gather,
+    "norm": bench_norm,
 }
 
 
@@ -536,9 +435,12 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(BENCHES), help="tables, separated by commas")
     parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := sorted(set(names) - set(BENCHES)):
+        parser.error(f"--only={','.join(unknown)}: choose from {', '.join(BENCHES)}")
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}, {args.rounds} rounds")
-    for name in args.only.split(","):
+    for name in names:
         BENCHES[name](args.rounds)
 
 
