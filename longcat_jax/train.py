@@ -143,7 +143,7 @@ class Trainer:
     @functools.cached_property
     def _evaluation(self) -> tuple[Callable, Callable]:
         """The sums of a validation batch and the router's watch, compiled at their first use."""
-        params, batch = self.state.params, self.watched
+        params, batch = self.state.working(), self.watched
         watch = jax.jit(
             lambda params, batch: router_watch(params, batch, config=self.config),
             out_shardings=NamedSharding(self.mesh, PartitionSpec()),
@@ -250,13 +250,14 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         sums_of_batch, watch = self._evaluation
+        params = self.state.working()
         results, load, histogram = evaluate(
-            self.state.params,
+            params,
             sums_of_batch,
             map(self._on_mesh, self._validation()),
             token_bytes_W=self.token_bytes,
         )
-        watched = jax.device_get(watch(self.state.params, self.watched))
+        watched = jax.device_get(watch(params, self.watched))
         self.writer.write(self.step, {**results, **watched})
         self.writer.write_expert_load(self.step, load_LE=load, real_experts_histogram=histogram)
         self.writer.flush()

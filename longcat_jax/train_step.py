@@ -61,8 +61,11 @@ class TrainState:
     params: Any
     opt_state: Any
     copies: Any
-    """`longcat.working_copies` of params: written with them, read by both passes of the next step.
-    """
+    """`longcat.working_copies` of params, written with them."""
+
+    def working(self) -> Any:
+        """Parameters as forward and backward pass use them."""
+        return longcat.with_copies(self.params, self.copies)
 
 
 def abstract_boxes(config: Config) -> Any:
@@ -223,8 +226,7 @@ def train_step(
       token_bytes_W: bytes of text that each token stands for (bits per byte).
       config: static.
     """
-    working = longcat.with_copies(state.params, state.copies)
-    terms, counts, grads = accumulated_gradients(working, config, batch)
+    terms, counts, grads = accumulated_gradients(state.working(), config, batch)
     tx = make_optimizer(config, abstract_boxes(config))
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params, load_LE=counts.load_LE)

@@ -18,10 +18,24 @@ from longcat_jax.model.longcat import Params, Sequence, trunk
 from longcat_jax.model.mla import AttentionInput, LatentCache
 from longcat_jax.model.norm import add_norm
 from longcat_jax.model.rope import rope_table
+from longcat_jax.sharding import several_devices
 from pallas_kernels.add_norm import Rows
+from pallas_kernels.skinny_ffn import reads_selected_experts
 
 UNROLLED = 8
-"""Layers to a turn of the loop over them: on a GPU a turn is a graph, and waits for the last."""
+"""Layers to a turn of the loop over them, where a turn is a graph of kernels that read weights
+where they lie, and waits for the last. Elsewhere XLA would copy the weights of as many.
+"""
+
+
+def layers_to_a_turn(x_BTD: jax.Array, down_LXFD: jax.Array) -> int:
+    """1, or UNROLLED at most, of few tokens on a Hopper GPU."""
+    rows_RD, down_XFD = (
+        jax.ShapeDtypeStruct(shape, x_BTD.dtype)
+        for shape in ((x_BTD.size // x_BTD.shape[-1], x_BTD.shape[-1]), down_LXFD.shape[1:])
+    )
+    in_graphs = not several_devices() and reads_selected_experts(rows_RD, down_XFD)
+    return min(len(down_LXFD), UNROLLED) if in_graphs else 1
 
 
 @struct.dataclass
@@ -82,7 +96,8 @@ def extend(
     entries_RSU = cache.entries_LABSU.reshape(L * A * B, S, U)
     _, terms, _ = jax.eval_shape(layer, jnp.int32(0), (x_BTD, None, entries_RSU))
     start = x_BTD, jnp.zeros(terms.shape, terms.dtype), entries_RSU
-    x_BTD, terms_SBTD, entries_RSU = jax.lax.fori_loop(0, L, layer, start, unroll=min(L, UNROLLED))
+    turn = layers_to_a_turn(x_BTD, params["layers"]["mlp"]["experts"]["down_proj"])
+    x_BTD, terms_SBTD, entries_RSU = jax.lax.fori_loop(0, L, layer, start, unroll=turn)
     last = Rows(params["norm"].astype(c.dtype), x_BTD, terms_SBTD)
     ((_, hidden_BTD),) = add_norm(last, eps=c.rms_norm_eps)
     return hidden_BTD, Cache(entries_RSU.reshape(L, A, B, S, U), lengths_B)

@@ -3,7 +3,7 @@
 Prompts stand in one batch, padded on the right to a length out of a few, so that most calls compile
 nothing. A row's result doesn't depend on the others: padding is never attended to, experts drop
 nothing, random keys come from the row's own seed and position. (On Hopper the last bits of a sum
-over experts may: which of them are added first depends on those in use, see skinny_ffn.)
+over experts may: in which order they are added depends on those in use, see skinny_ffn.)
 
 B batch, T padded prompt length, N new tokens at most and a few more steps, D model, W vocabulary.
 """
@@ -112,7 +112,7 @@ def steps_run(tokens: int) -> int:
 )
 def run(params: Params, inputs: Inputs, *, config: ModelConfig, max_new_tokens: int) -> LoopState:
     """The program: prefill, then a token per row and step until all have ended, and up to
-    STRIDE - 1 steps more.
+    STRIDE - 1 steps more. No part of another jitted function: it has compiler options of its own.
     """
     params = longcat.decoding_params(params, config)  # once, not in every step
     B, T = inputs.prompts.tokens_BT.shape

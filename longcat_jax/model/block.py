@@ -70,8 +70,8 @@ class DecodingBlock(nn.Module):
     """The same function of the same parameters, over a cache and in few launches: a step of few
     tokens waits for these and for the weights.
 
-    The residual stream comes and goes as two summands, which the next norm adds up: what stands at
-    its end before the last product does, and that product's terms.
+    The residual stream comes and goes as two summands, which the next norm adds: the stream without
+    the last FFN, and that FFN's terms.
     """
 
     config: ModelConfig
@@ -85,7 +85,8 @@ class DecodingBlock(nn.Module):
         cache: LatentCache,
     ) -> tuple[jax.Array, jax.Array, LatentCache]:
         """([B, T, D], [S, B, T, D] or None, ...) -> (the same, what either attention has written);
-        the cache is the first attention's, the second's rows follow.
+        the cache is the first attention's, the second's rows follow. None: where only the shape of
+        the terms is asked for.
         """
         c, dtype = self.config, x_BTD.dtype
 

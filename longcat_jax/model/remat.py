@@ -51,5 +51,6 @@ def rematerialised(function: Callable, policy: str, *, in_loop: bool) -> Callabl
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     gathered = any(axis_size(axis) > 1 for axis in DENSE)
-    apart = not in_loop, not in_loop and gathered
+    # A tuple keeps residuals apart, too, even one of False.
+    apart = False if in_loop else (True, gathered)
     return jax.checkpoint(function, policy=policies[policy], prevent_cse=apart)

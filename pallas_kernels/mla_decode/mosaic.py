@@ -310,7 +310,7 @@ def _join_kernel(out: Any, stats: Any, lengths_B: Any, joined: Any, *, split: in
             total, sums_C = total + weight * part_total, sums_C + weight * part_C
         return new_top, total, sums_C
 
-    zero = (length * 0).astype(jnp.float32)
+    zero = (length * 0).astype(jnp.float32)  # as in `_zeros`
     sums_C = plgpu.layout_cast(jnp.full((columns,), zero), layout)
     groups = lax.div(used + (group - 1), jnp.int32(group))
     _, total, sums_C = lax.fori_loop(0, groups, add, (LOWEST + zero, zero, sums_C))
@@ -361,7 +361,7 @@ def plan(q_shape: tuple[int, ...], entries: int, value_dim: int, itemsize: int) 
 
 
 def _joined_columns(value_dim: int) -> int:
-    """Of the sums: whole ones for every thread that joins them; what is past the values is none."""
+    """C up to a multiple of a warpgroup's threads; what is past C is not written, and cut off."""
     return pl.cdiv(value_dim, _mosaic.WARPGROUP) * _mosaic.WARPGROUP
 
 

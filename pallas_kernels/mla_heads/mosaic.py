@@ -177,15 +177,7 @@ def _value_kernel(x: Any, kv_b: Any, out: Any, buffers: ValueBuffers) -> None:
     steps = latent_dim // PIECE
     stream = Stream(steps, buffers.full, load)
     stream.start()
-
-    def multiply(sums: Any) -> jax.Array:
-        def product(stage: jax.Array) -> None:
-            plgpu.wgmma(sums, buffers.x.at[stage], buffers.w.at[stage])
-
-        stream.multiply(0, steps, product, 1)
-        return sums[...]
-
-    values = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
+    (values,) = stream.multiply(0, steps, buffers.x, (buffers.w,))
     buffers.out[...] = values.astype(buffers.out.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffers.out.at[used], out.at[rows, head, piece(tile)])

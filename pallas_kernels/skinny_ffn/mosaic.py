@@ -1,11 +1,14 @@
 """The operators for Hopper: every weight in use is read once, as fast as memory gives.
 
+A piece of work is 64 columns of a result. For the dense FFN each has a CTA of its own. Of experts'
+a CTA does one after the other, the next one's weights on their way while it ends the last, and
+there are as many CTAs as SMs: what an SM has left is for the kernels of the block's other path.
+
 All rows are multiplied with every expert in use: a wgmma has 64 anyway, and it is the weights that
 take time. Which experts are in use is a short list, in order of their ids, that both launches read:
 the first gives what stands between an expert's two products, the second sums of what some experts
-give. A piece of work is 64 columns of either. A CTA does one after the other, the next one's
-weights on their way while it ends the last; an SM has one CTA of them, so that there is room for
-the kernels of the block's other path beside it.
+give: of as many as `experts_to_a_part` says, in order of the list. So the order of a row's sum
+depends on which experts the other rows use, and on their number.
 
 M rows; D model, F expert width; X experts; S slots of the list, in G parts.
 """
@@ -25,8 +28,7 @@ from pallas_kernels.skinny_ffn import reference
 from pallas_kernels.skinny_gemm.mosaic import PIECE, ROWS, Stream, piece
 from pallas_kernels.skinny_gemm.mosaic import STAGES as DOWN_STAGES
 
-WIDE_STAGES = 4  # of three operands; as many bytes as the six of two
-ROWS_OF_AN_EXPERT = 16  # for so many rows each an expert more is added up before sums are written
+WIDE_STAGES = 4  # of three operands; as many bytes as the six of two: two CTAs fit into an SM
 
 
 class Buffers(NamedTuple):
@@ -57,6 +59,9 @@ def _work(
     finish: Callable[..., tuple[jax.Array, Any]],
 ) -> None:
     """Every so many-th piece of work, by this CTA: one is a part, all of its steps, for a tile.
+
+    With 10 steps, at most 4 in a part, and 2 tiles, there are 6 pieces of 4, 4, 4, 4, 2 and 2
+    steps; the first of 4 CTAs does pieces 0 and 4, steps 0 to 3 and 4 to 5 of its stream.
 
     Args:
       buffers: shared memory.
@@ -95,16 +100,7 @@ def _work(
     stream.start()
 
     def one(n: jax.Array, _: None) -> None:
-        def multiply(*sums: Any) -> tuple[jax.Array, ...]:
-            def products(stage: jax.Array) -> None:
-                for part, buffer in zip(sums, buffers.matrices, strict=True):
-                    plgpu.wgmma(part, buffers.x.at[stage], buffer.at[stage])
-
-            stream.multiply(first(n), first(n + 1), products, len(sums))
-            return tuple(part[...] for part in sums)
-
-        acc = plgpu.ACC((ROWS, PIECE), jnp.float32)
-        sums = pl.run_scoped(multiply, *(acc for _ in buffers.matrices))
+        sums = stream.multiply(first(n), first(n + 1), buffers.x, buffers.matrices)
         values, out = finish(*place(n), *sums)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the result before
         buffers.out[...] = values.astype(buffers.out.dtype)
@@ -212,6 +208,13 @@ def experts_in_use(
     return jnp.sum(count_X[None] <= slot_S[:, None], axis=1, dtype=jnp.int32), count_X[-1:]
 
 
+def experts_to_a_part(rows: int) -> int:
+    """So many are added up before sums are written: what a part writes stays little beside the
+    weights that it reads.
+    """
+    return pl.cdiv(rows, 16)
+
+
 @jax.custom_vjp
 def skinny_experts(
     x_MD: jax.Array,
@@ -222,7 +225,7 @@ def skinny_experts(
 ) -> jax.Array:
     """The public operator, arguments already checked."""
     (M, K), (X, F, D), dtype = experts_MK.shape, down_XFD.shape, x_MD.dtype
-    each = pl.cdiv(M, ROWS_OF_AN_EXPERT)
+    each = experts_to_a_part(M)
     slots, ctas = min(M * K, X), _mosaic.num_sms()
     experts_MK = experts_MK.astype(jnp.int32)
     ids_S, used_1 = experts_in_use(experts_MK, X, slots)
@@ -235,7 +238,7 @@ def skinny_experts(
         jax.ShapeDtypeStruct((slots, len(x_MD), F), dtype),
         _buffer_types(dtype, dtype, WIDE_STAGES, 2),
         min(ctas, slots * F // PIECE),
-        "skinny_experts",
+        "skinny_experts_wide",
         ids_S,
         used_1,
         weights_SM,
@@ -248,7 +251,7 @@ def skinny_experts(
         jax.ShapeDtypeStruct((parts, len(x_MD), D), jnp.float32),
         _buffer_types(dtype, jnp.float32, DOWN_STAGES, 1),
         min(ctas, parts * D // PIECE),
-        "skinny_experts",
+        "skinny_experts_down",
         ids_S,
         used_1,
         narrow_SMF,

@@ -17,6 +17,7 @@ PRODUCTION = (
     Shape(1, 2048, 4096, 0, 0),  # mini_2b
     Shape(1, 2048, 1024, 32, 6),
     Shape(16, 2048, 1024, 32, 6),
+    Shape(64, 2048, 1024, 32, 6),
     Shape(64, 6144, 12288, 0, 0),  # the released model
     Shape(64, 6144, 2048, 512, 12),
 )

@@ -66,25 +66,30 @@ class Stream(NamedTuple):
             pl.when(i < self.steps)(functools.partial(self.load, jnp.int32(i), jnp.int32(i)))
 
     def multiply(
-        self, first: Any, last: Any, multiply: Callable[[jax.Array], None], products: int
-    ) -> None:
-        """multiply(stage) for the steps from `first` up to `last`, which start so many products
-        each; stages that become free are filled with later steps.
+        self, first: Any, last: Any, x: Any, matrices: tuple[Any, ...]
+    ) -> tuple[jax.Array, ...]:
+        """Sums of x w over the steps from `first` up to `last`, of every matrix; stages that become
+        free are filled with later steps. Operands are buffers by stage.
         """
         stages = self.full.shape[0]
 
-        def step(i: jax.Array, _: None) -> None:
-            stage = lax.rem(i, jnp.int32(stages))
-            plgpu.barrier_wait(self.full.at[stage])
-            multiply(stage)
+        def run(*sums: Any) -> tuple[jax.Array, ...]:
+            def step(i: jax.Array, _: None) -> None:
+                stage = lax.rem(i, jnp.int32(stages))
+                plgpu.barrier_wait(self.full.at[stage])
+                for part, w in zip(sums, matrices, strict=True):
+                    plgpu.wgmma(part, x.at[stage], w.at[stage])
 
-            @pl.when((i > 0) & (i - 1 + stages < self.steps))
-            def _() -> None:
-                plgpu.wgmma_wait(products)
-                plgpu.commit_smem()  # all warps are done with the step before
-                self.load(i - 1 + stages, lax.rem(i - 1, jnp.int32(stages)))
+                @pl.when((i > 0) & (i - 1 + stages < self.steps))
+                def _() -> None:
+                    plgpu.wgmma_wait(len(sums))
+                    plgpu.commit_smem()  # all warps are done with the step before
+                    self.load(i - 1 + stages, lax.rem(i - 1, jnp.int32(stages)))
 
-        lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, None)
+            lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, None)
+            return tuple(part[...] for part in sums)
+
+        return pl.run_scoped(run, *(plgpu.ACC((ROWS, PIECE), jnp.float32) for _ in matrices))
 
 
 def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array) -> None:
@@ -101,15 +106,7 @@ def _part(x: Any, w: Any, out: Any, buffers: Buffers, steps: int, cta: jax.Array
 
     stream = Stream(steps, buffers.full, load)
     stream.start()
-
-    def multiply(sums: Any) -> jax.Array:
-        def product(stage: jax.Array) -> None:
-            plgpu.wgmma(sums, buffers.x.at[stage], buffers.w.at[stage])
-
-        stream.multiply(0, steps, product, 1)
-        return sums[...]
-
-    buffers.sums[...] = pl.run_scoped(multiply, plgpu.ACC((ROWS, PIECE), jnp.float32))
+    (buffers.sums[...],) = stream.multiply(0, steps, buffers.x, (buffers.w,))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(buffers.sums.at[in_use], out.at[split, rows, columns])
     plgpu.wait_smem_to_gmem(0)

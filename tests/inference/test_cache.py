@@ -51,6 +51,18 @@ def passes() -> tuple[TrunkOutput, list[Cache], list[jax.Array], tuple[jax.Array
         return whole, caches, outputs, again
 
 
+def test_layers_are_taken_in_turns_of_several_and_the_rest(passes, monkeypatch) -> None:
+    monkeypatch.setattr("longcat_jax.inference.cache.layers_to_a_turn", lambda *_: 2)
+    with jax.enable_x64(True):
+        config, params, expected = load_golden("tiny", dtype="float64")
+        assert config.num_layers % 2
+        chunk = np.stack([expected["ids"][b, n:][:CHUNK] for b, n in enumerate(LENGTHS)])
+        hidden, _ = jax.jit(lambda p, t, c: extend(p, config, t, c))(
+            params, chunk.astype(np.int32), passes[1][0]
+        )
+    assert relative_error(hidden, passes[2][1]) < EXACT
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_steps_reproduce_the_whole_pass(passes, row: int) -> None:
     whole, _, outputs, _ = passes

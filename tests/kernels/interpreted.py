@@ -4,8 +4,10 @@ NPROC, is read when JAX starts.
 
     NPROC=16 python -m tests.kernels.interpreted [CASE ...]
 
-The cases in RACES are searched for races, in every kernel that they launch. Clusters run one after
-the other here, so races between clusters over global memory are never seen.
+The cases in RACES are searched for races, in every kernel that they launch. Not seen are those
+between clusters over global memory, since clusters run one after the other here; of a wgmma with
+what overwrites its operands, since it is done at once; of a store by TMA with what is written into
+its buffer next.
 """
 
 import json
@@ -185,6 +187,7 @@ DECODES = {
     "two row tiles": Decode(2, 48, 192, 64, 192, (129,)),
     "three tokens": Decode(3, 16, 64, 128, 192, (129, 2, 70), "float16"),
     "64 heads": Decode(1, 64, 320, 64, 128, (100, 128)),
+    "many splits": Decode(3, 2, 192, 64, 1536, (1536, 1, 2, 1281)),
 }
 
 
@@ -275,6 +278,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         f"ffn {name}": lambda case=case: interpreted_ffn.ffn(case, "mosaic")
         for name, case in interpreted_ffn.CASES.items()
     },
+    "ffn left out": lambda: interpreted_ffn.left_out("mosaic"),
     **{
         f"fp8 {name}": lambda case=case: interpreted_fp8.fp8(case, "mosaic")
         for name, case in interpreted_fp8.CASES.items()

@@ -1,5 +1,6 @@
 """Cases of skinny_swiglu and skinny_experts for tests/kernels/interpreted.py."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -73,4 +74,24 @@ def ffn(case: Case, implementation: str) -> dict[str, Any]:
         "swiglu": error(values[0], wanted[0]),
         "experts": error(values[1], wanted[1]),
         "gradients": max(map(error, gradients, wanted_gradients)),
+    }
+
+
+def left_out(implementation: str) -> dict[str, Any]:
+    """Largest result where nobody is selected, and of rows beside an expert whose results for them
+    are no numbers.
+    """
+    rng = np.random.default_rng(6)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    x, gate_up, down = draw(18, 128), draw(4, 128, 128), draw(4, 64, 128)
+    gates, ids = jnp.ones((18, 2), jnp.bfloat16), jnp.repeat(jnp.asarray([[0, 1], [2, 3]]), 9, 0)
+    run = functools.partial(skinny_experts, implementation=implementation)
+    spoilt = run(x, gates, ids, gate_up.at[2].mul(1e30), down)
+    return {
+        "nobody": float(jnp.abs(run(x, gates, jnp.full_like(ids, 4), gate_up, down)).max()),
+        "beside": float(jnp.abs(spoilt[:9]).max()),
+        "spoilt": float(jnp.abs(spoilt[9:]).max()),
     }

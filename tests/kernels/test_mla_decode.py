@@ -126,9 +126,12 @@ def spec(*dims, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
+INTERPRETED = "few heads, paged", "two row tiles", "many splits"
+
+
 @pytest.fixture(scope="module")
 def interpreted():
-    return helpers.interpret("decode few heads, paged", "decode two row tiles")
+    return helpers.interpret(*(f"decode {name}" for name in INTERPRETED))
 
 
 def assert_exact_enough(result):
@@ -136,7 +139,12 @@ def assert_exact_enough(result):
     assert result["before"] == 0
 
 
-@pytest.mark.parametrize("case", ["few heads, paged", "two row tiles"])
+def test_a_case_joins_more_splits_than_are_read_at_once():
+    case = interpreted_cases.DECODES["many splits"]
+    assert case.entries // (2 * mosaic.TILE) > mosaic.JOINED
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
 def test_mosaic_equals_exact_attention(interpreted, case):
     assert_exact_enough(interpreted[f"decode {case}"])
 

@@ -30,13 +30,20 @@ def test_equals_float64(dtype):
 
 @pytest.fixture(scope="session")
 def interpreted():
-    return helpers.interpret(*(f"ffn {name}" for name in interpreted_ffn.CASES))
+    return helpers.interpret(*(f"ffn {name}" for name in (*interpreted_ffn.CASES, "left out")))
 
 
 @pytest.mark.parametrize("name", interpreted_ffn.CASES)
 def test_mosaic_equals_float64(interpreted, name):
     result = helpers.errors_of(interpreted[f"ffn {name}"])
     assert_close(result, interpreted_ffn.CASES[name].dtype)
+
+
+def test_what_is_not_selected_is_left_out(interpreted):
+    for found in interpreted["ffn left out"], interpreted_ffn.left_out("reference"):
+        assert found["nobody"] == 0
+        assert 0 < found["beside"] < 1e6
+        assert not found["spoilt"] < 1e6
 
 
 def test_a_case_refills_its_stages():
@@ -46,7 +53,7 @@ def test_a_case_refills_its_stages():
 
 def test_a_case_gives_a_cta_pieces_of_both_launches_and_a_short_one():
     case = interpreted_ffn.CASES["many experts"]
-    used, each = case.experts - 1, -(-case.rows // mosaic.ROWS_OF_AN_EXPERT)
+    used, each = case.experts - 1, mosaic.experts_to_a_part(case.rows)
     assert each == 2 and used % each == 1
     for width, parts, steps, stages in (
         (case.width, used, case.model // mosaic.PIECE, mosaic.WIDE_STAGES),
@@ -93,7 +100,7 @@ def test_mosaic_equals_float64_on_a_gpu(case):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("shape", shapes.PRODUCTION[:3])
+@pytest.mark.parametrize("shape", shapes.PRODUCTION[:4])
 def test_mosaic_equals_the_reference_on_a_gpu(shape):
     helpers.require_hopper()
     run, types = launch_of(shape)
