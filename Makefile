@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart  train, evaluate, plot and sample a small model on the CPU"
 	@echo "make test        the tests that CI runs"
 	@echo "make test-all    the slow tests too"
-	@echo "make test-aot    compile for eight H100 without one: schedule, traffic, machine code"
+	@echo "make test-aot    compile for eight H100 without one: schedule, traffic, copies, machine code"
 	@echo "make lint        check format and lint rules"
 
 setup: .venv/installed
@@ -39,7 +39,8 @@ test-all: setup
 
 # In an environment of its own: the CUDA plugin talks on stderr, which tests read.
 test-aot: .venv-aot/installed
-	@$(AOT)/python -m pytest -m slow tests/parallel/test_deviceless.py tests/kernels/test_machine_code.py
+	@$(AOT)/python -m pytest -m slow tests/parallel/test_deviceless.py tests/kernels/test_machine_code.py \
+		tests/model/test_norm.py
 
 .venv-aot/installed: setup.py
 	@$(PYTHON) -m venv .venv-aot

@@ -39,7 +39,8 @@ def copies(device: jax.Device, add: Callable[..., jax.Array]) -> int:
     def rows(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
-    options = compiler_options(make_mesh(MeshConfig(), [device]), deterministic=True)
+    mesh = make_mesh(MeshConfig(), [device])
+    options = compiler_options(mesh, deterministic=True, loop=False)
     with made_for(HOPPER):
         lowered = jax.jit(run, compiler_options=options).lower(rows(B * T, D), rows(D, D), rows(D))
     program = hlo.parse(lowered.compile().as_text())

@@ -58,6 +58,7 @@ def test_sums_are_the_same_on_several_devices():
     assert all((one == x + out).all() for one in found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None,
     reason="compiles for H100 without one: needs pip install 'longcat_jax[aot]'",
