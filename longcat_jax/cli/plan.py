@@ -83,7 +83,10 @@ def plan(config: Config) -> list[tuple[str, str]]:
         ("devices in the mesh", str(config.mesh.num_devices)),
         ("stored parameters", amount(leaves, 3)),
         ("master weights per device", f"{bytes_per_device(state.params) / 1e9:.3g} GB"),
-        ("working copies per device", f"{bytes_per_device(state.copies) / 1e9:.3g} GB"),
+        (
+            "blocks' weights in the compute dtype per device",
+            f"{bytes_per_device(state.copies) / 1e9:.3g} GB",
+        ),
         ("optimizer state per device", f"{bytes_per_device(state.opt_state) / 1e9:.3g} GB"),
     ]
 

@@ -146,10 +146,12 @@ def working_params(params: Params, config: ModelConfig) -> Params:
 
 
 def working_copies(params: Params, config: ModelConfig) -> Params:
-    """`working_layers` of the parameters, None for each that is used in its own dtype.
+    """Blocks' weights in the dtype that blocks compute in, where that is not their own; None for
+    all other parameters.
 
-    Training keeps them beside its master weights. Tables and the unembedding have none: their
-    gradients are summed in float32 over tokens, which those of copies would not be.
+    Training keeps them beside its master weights. Routers compute in their own dtype. Tables, the
+    final norm, the unembedding and the MTP head are used in the compute dtype too, but converted
+    where they are used, and their gradients are float32.
     """
     working = {**params, "layers": working_layers(params, config)}
     return jax.tree.map(lambda p, w: None if w.dtype == p.dtype else w, params, working)
