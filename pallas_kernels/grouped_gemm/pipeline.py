@@ -75,7 +75,9 @@ class Steps(NamedTuple):
       count: of steps; 0 for a warpgroup without rows in the tile.
       arrived: step -> its operand buffers, once they are loaded.
       release: step -> None, hands its buffers back to the loader.
-      meanwhile: step -> None, to be called while its products run.
+      meanwhile: step -> None, stores a part of the tile before. To be called while the step's
+        products run, and for every step where `Work.behind` is set: a part whose step leaves it out
+        is lost.
     """
 
     tile: Any

@@ -1,6 +1,7 @@
 """From floats to fp8 and float32 scales, by block (arXiv 2412.19437, section 3.3).
 
-A block's largest magnitude becomes 448, the largest number of e4m3. Infinities count as float32's
+A block's largest magnitude becomes 448, the largest number of e4m3; less where it is under 448
+times float32's smallest normal number, which no scale is below. Infinities count as float32's
 largest number, and no number becomes NaN; a NaN stays one and may take its block with it.
 
 R rows, K contracted width, N output width, G groups, A = K / 128, B = N / 128 blocks.
