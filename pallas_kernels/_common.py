@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,20 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError(message) unless the condition holds; for what a caller got wrong."""
     if not condition:
         raise ValueError(message)
+
+
+def choose_dtype(operator: str, wanted: Any, allowed: Sequence[Any], why: str = "") -> jnp.dtype:
+    """The dtype of a result, for None the first that is allowed; raises ValueError for another, and
+    for what names none.
+    """
+    choices = {str(dtype): dtype for dtype in map(jnp.dtype, allowed)}
+    if wanted is None:
+        return next(iter(choices.values()))
+    with contextlib.suppress(TypeError):
+        wanted = jnp.dtype(wanted)
+    names = " or ".join(choices)
+    require(str(wanted) in choices, f"{operator}: out_dtype={wanted}{why}, choose {names}")
+    return choices[str(wanted)]
 
 
 def require_rank(operator: str, rank: int, **arrays: jax.Array) -> None:

@@ -55,13 +55,7 @@ _IMPLEMENTATIONS = {
 def _out_dtype(name: str, operand: Any, out_dtype: Any) -> jnp.dtype:
     """The dtype of the result: that of the operands, or the one sums run in."""
     allowed = jnp.dtype(operand), _common.accumulation_dtype(operand)
-    out_dtype = allowed[0] if out_dtype is None else jnp.dtype(out_dtype)
-    _common.require(
-        out_dtype in allowed,
-        f"{name}: out_dtype={out_dtype} does not fit {allowed[0]} operands, choose "
-        f"{' or '.join(dict.fromkeys(map(str, allowed)))}",
-    )
-    return out_dtype
+    return _common.choose_dtype(name, out_dtype, allowed, f" does not fit {allowed[0]} operands")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

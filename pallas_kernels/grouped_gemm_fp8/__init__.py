@@ -24,7 +24,7 @@ from pallas_kernels.grouped_gemm_fp8.quantize import (
 
 __all__ = ["BLOCK", "FP8", "grouped_gemm_fp8", "quantize_rows", "quantize_weights"]
 
-_OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+_OUT_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def _mosaic(*operands: jax.Array, dtype: Any) -> jax.Array:
@@ -46,7 +46,7 @@ def grouped_gemm_fp8(
     rhs_scales_GBA: jax.Array,
     group_sizes_G: jax.Array,
     *,
-    out_dtype: Any = jnp.bfloat16,
+    out_dtype: Any = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """out[r, n] = sum over blocks a of K of lhs_scales[r, a] * rhs_scales[g, n's block, a] *
@@ -65,7 +65,7 @@ def grouped_gemm_fp8(
       rhs_scales_GBA: float32, one for 128x128 numbers (`weight_scale_inv` of those files).
       group_sizes_G: rows per group, integers >= 0 whose sum is at most R (not checked: values are
         traced).
-      out_dtype: of the result: bfloat16 or float32.
+      out_dtype: of the result: bfloat16 (also None) or float32.
       implementation: "reference"; "mosaic" for Hopper; None for "mosaic" on Hopper, "reference"
         elsewhere.
 
@@ -103,10 +103,7 @@ def grouped_gemm_fp8(
             array.shape == shape and array.dtype == dtype,
             f"{name}: {operand} is {array.dtype}{list(array.shape)}, expected {dtype}{list(shape)}",
         )
-    out_dtype = jnp.dtype(out_dtype)
-    _common.require(
-        out_dtype in _OUT_DTYPES, f"{name}: out_dtype={out_dtype}, choose bfloat16 or float32"
-    )
+    out_dtype = _common.choose_dtype(name, out_dtype, _OUT_DTYPES)
     run = _common.choose(name, implementation, _IMPLEMENTATIONS)
     operands = _common.vary_together(lhs_RK, lhs_scales_RA, rhs_GNK, rhs_scales_GBA, group_sizes_G)
     run = functools.partial(run, dtype=out_dtype)

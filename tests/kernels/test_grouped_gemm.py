@@ -137,6 +137,7 @@ def test_no_float_scatter():
         (dict(sizes=jnp.zeros(2)), "expected an integer dtype"),
         (dict(sizes=jnp.zeros(3, jnp.int32)), "2 groups, group_sizes_G 3"),
         (dict(out_dtype="bfloat16"), "out_dtype=bfloat16 does not fit float32 operands"),
+        (dict(out_dtype="f23"), "out_dtype=f23 does not fit float32 operands, choose float32$"),
         (dict(implementation="cuda"), "choose None or one of 'reference'"),
     ],
 )

@@ -64,6 +64,12 @@ def test_mosaic_has_no_races(interpreted):
     assert not searched["races"]
 
 
+def test_results_are_bfloat16_unless_said_otherwise():
+    arrays = interpreted_fp8.operands(Case(8, 128, 128, (8,)))
+    assert grouped_gemm_fp8(*arrays).dtype == jnp.bfloat16
+    assert grouped_gemm_fp8(*arrays, out_dtype=None).dtype == jnp.bfloat16
+
+
 def test_two_runs_give_the_same_bits():
     arrays = interpreted_fp8.operands(Case(200, 256, 384, SIZES["even"]))
     assert helpers.same_bits(grouped_gemm_fp8(*arrays), grouped_gemm_fp8(*arrays))
@@ -118,7 +124,8 @@ def test_lowers_inside_shard_map():
         (dict(rhs_scales=jnp.ones((2, 2, 1))), r"\[2, 2, 1\], expected float32\[2, 1, 2\]"),
         (dict(sizes=jnp.zeros(2)), "expected an integer dtype"),
         (dict(sizes=jnp.zeros(3, jnp.int32)), "2 groups, group_sizes_G 3"),
-        (dict(out_dtype=jnp.float16), "out_dtype=float16, choose bfloat16 or float32"),
+        (dict(out_dtype=jnp.float16), "out_dtype=float16, choose bfloat16 or float32$"),
+        (dict(out_dtype="bf16"), "^grouped_gemm_fp8: out_dtype=bf16, choose bfloat16 or float32$"),
         (dict(implementation="triton"), "choose None or one of 'reference', 'mosaic'"),
     ],
 )
