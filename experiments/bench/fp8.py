@@ -16,9 +16,9 @@ import numpy as np
 from experiments.bench import timing
 from experiments.bench.kernels import SETS, draw_operands, mosaic_gemm, uneven_groups
 from pallas_kernels import grouped_gemm_fp8, quantize_rows, quantize_weights
+from pallas_kernels.grouped_gemm import shapes
 from pallas_kernels.grouped_gemm.schedule import Tiling
 from pallas_kernels.grouped_gemm_fp8 import mosaic as fp8_mosaic
-from pallas_kernels.grouped_gemm_fp8 import shapes
 from pallas_kernels.grouped_gemm_fp8.quantize import dequantize_rows, dequantize_weights
 
 

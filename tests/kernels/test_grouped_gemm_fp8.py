@@ -12,7 +12,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import HOPPER, grouped_gemm_fp8, made_for, quantize_rows, quantize_weights
-from pallas_kernels.grouped_gemm_fp8 import BLOCK, FP8, shapes
+from pallas_kernels.grouped_gemm import shapes
+from pallas_kernels.grouped_gemm_fp8 import BLOCK, FP8
 from pallas_kernels.grouped_gemm_fp8.quantize import dequantize_rows, dequantize_weights
 from tests.kernels import helpers, interpreted_fp8
 from tests.kernels.interpreted_fp8 import Case

@@ -1,5 +1,0 @@
-"""Shapes of the grouped GEMM in fp8 that tests and benchmarks share."""
-
-from pallas_kernels.grouped_gemm import shapes
-
-PRODUCTION = shapes.PRODUCTION
