@@ -24,13 +24,12 @@ from pallas_kernels.grouped_gemm.mosaic_rows import launch, padded, shared
 from pallas_kernels.grouped_gemm.schedule import CHUNK, TILE_COLUMNS, TILE_ROWS, Tiling
 from pallas_kernels.grouped_gemm_fp8.quantize import BLOCK, FP8
 
-HALVES = TILE_COLUMNS // BLOCK
 # As the 16-bit forward product's: the tiles move as many bytes in as much time.
 TILING = Tiling(panel=8, pair="columns")
 
 
 def _multiply(steps: pipeline.Steps, rhs_scales: Any) -> tuple[jax.Array, ...]:
-    """Sums of a tile in registers, by half."""
+    """Sums of a tile in registers, of either half of its columns."""
     tile: mosaic_rows.Tile = steps.tile
     last = rhs_scales.shape[1] - 1  # the second half of a tile may lie past it
     first = lax.div(tile.column, jnp.int32(BLOCK))
@@ -40,31 +39,39 @@ def _multiply(steps: pipeline.Steps, rhs_scales: Any) -> tuple[jax.Array, ...]:
 
     def multiply_step(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         lhs, rhs, lhs_scales = steps.arrived(k)
+        products = plgpu.ACC((CHUNK, BLOCK), jnp.float32)
 
-        def block(half: int, scales_M: Any, acc_ref: Any) -> tuple[jax.Array, ...]:
+        def start(acc_ref: Any, half: int) -> None:
             columns = pl.ds(half * BLOCK, BLOCK)
             plgpu.wgmma(acc_ref, lhs.at[rows], rhs.at[columns].transpose((1, 0)))
-            # Scales are read while the tensor cores are busy, those of the rows once.
-            if half == 0:
-                scales_M = plgpu.load(lhs_scales.at[rows], layout=layout.reduce(1))
-                plgpu.commit_smem()  # before a copy overwrites what was read
-            scale = rhs_scales[tile.group, jnp.minimum(first + half, last), k]
+
+        def scale_of(half: int) -> jax.Array:
+            return rhs_scales[tile.group, jnp.minimum(first + half, last), k]
+
+        # Scales are read while the tensor cores are busy, those of the rows once.
+        def first_half(acc_ref: Any) -> tuple[jax.Array, ...]:
+            start(acc_ref, 0)
+            scales_M = plgpu.load(lhs_scales.at[rows], layout=layout.reduce(1))
+            plgpu.commit_smem()  # before a copy overwrites what was read
+            scale = scale_of(0)
             return acc_ref[...], scales_M, scale
 
-        added, scales_M = [], None
-        for half, sums_MN in enumerate(sums):
-            products = functools.partial(block, half, scales_M)
-            block_MN, scales_M, scale = pl.run_scoped(
-                products, plgpu.ACC((CHUNK, BLOCK), jnp.float32)
-            )
-            if half == HALVES - 1:
-                steps.release(k)
-            factor_MN = lax.broadcast_in_dim(scales_M * scale, sums_MN.shape, (0,))
-            added.append(sums_MN + block_MN * factor_MN)
-        return tuple(added)
+        def second_half(acc_ref: Any) -> tuple[jax.Array, ...]:
+            start(acc_ref, 1)
+            scale = scale_of(1)
+            return acc_ref[...], scale
+
+        def scaled(block_MN: jax.Array, factor_M: jax.Array) -> jax.Array:
+            return block_MN * lax.broadcast_in_dim(factor_M, block_MN.shape, (0,))
+
+        block_MN, scales_M, scale = pl.run_scoped(first_half, products)
+        first_MN = sums[0] + scaled(block_MN, scales_M * scale)
+        block_MN, scale = pl.run_scoped(second_half, products)
+        steps.release(k)
+        return first_MN, sums[1] + scaled(block_MN, scales_M * scale)
 
     zeros = plgpu.layout_cast(jnp.zeros((CHUNK, BLOCK), jnp.float32), layout)
-    return lax.fori_loop(0, steps.count, multiply_step, (zeros,) * HALVES)
+    return lax.fori_loop(0, steps.count, multiply_step, (zeros, zeros))
 
 
 def _kernel(
