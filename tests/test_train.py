@@ -153,7 +153,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_a_bfloat16_run_resumes_to_the_same_bits(corpus: Path, tmp_path: Path) -> None:
     """Its blocks' weights in bfloat16 are not saved, but made from those that are."""
     config = job(corpus, steps=3, checkpoint_every=2)
-    model = dataclasses.replace(config.model, dtype="bfloat16", num_nextn_predict_layers=0)
+    model = dataclasses.replace(config.model, dtype="bfloat16")
     config = dataclasses.replace(config, model=model)
     train(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
