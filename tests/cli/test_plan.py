@@ -54,9 +54,9 @@ def test_the_configuration_s_own_mesh_is_planned(capsys: pytest.CaptureFixture[s
     assert "proposed" not in own_mesh and "fsdp x expert" in own_mesh
     assert _plan("--config=configs/quickstart.py") == 0
     single = capsys.readouterr().out
-    assert "devices in the mesh                    1\n" in single
-    assert "parameters                             2.61 M\n" in single
-    assert "MTP head, its embedding included       490.800 K\n" in single
+    lines = [" ".join(line.split()) for line in single.splitlines()]
+    assert "devices in the mesh 1" in lines and "parameters 2.61 M" in lines
+    assert "MTP head, its embedding included 490.800 K" in lines
     assert "\nparameters, millions\n" in single
     assert "what a device receives" not in single and "decoding on 1 h100" in single
 
