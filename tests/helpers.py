@@ -48,6 +48,11 @@ SIZES = dict(
     rope_theta=10000.0,
 )
 
+# A job that freezes these trains one matrix and the router biases: it compiles in a third of the
+# time.
+MOST_PARAMETERS = ("embed_tokens", "layers/*norm*", "layers/self*", "layers/mlps*")
+MOST_PARAMETERS += ("layers/mlp/experts/*", "layers/mlp/router/classifier")
+
 
 def tiny_config(**sections: dict[str, Any]) -> Config:
     """The tiny job in float64; `model=dict(dtype="float32")` and the like replace single fields."""

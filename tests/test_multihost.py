@@ -30,7 +30,7 @@ from longcat_jax.config import Config, ConfigError, from_mapping, to_mapping
 from longcat_jax.metrics import MetricsWriter, read_metrics
 from longcat_jax.parallel import last_words, multihost
 from longcat_jax.train import train
-from tests.helpers import SIZES, exact
+from tests.helpers import MOST_PARAMETERS, SIZES, exact
 
 TIMES = ("tokens_per_second", "step_seconds", "input_wait", "tflops")
 ROOT = Path(__file__).parents[1]
@@ -226,16 +226,11 @@ def assert_same_run(first: Path, second: Path, step: int, *, error: float = 0.0)
     assert raw(first, step, "data") == raw(second, step, "data")
 
 
-# A job's processes that train one matrix and the router biases: it compiles in a third of the time.
-MOST = ("embed_tokens", "layers/*norm*", "layers/self*", "layers/mlps*", "layers/mlp/experts/*")
-MOST += ("layers/mlp/router/classifier",)
-
-
 def test_two_processes_go_on_from_one_and_stop_together(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections = dict(mesh=dict(data=2, fsdp=2), model=dict(num_nextn_predict_layers=0))
-    config = job(corpus, freeze=MOST, **sections)
+    config = job(corpus, freeze=MOST_PARAMETERS, **sections)
     train_here(config, tmp_path / "alone", monkeypatch, stop=4)
     copy_until(tmp_path / "alone", 2, tmp_path / "both")
     with Job(config, tmp_path / "both") as run:

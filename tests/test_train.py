@@ -30,7 +30,7 @@ from longcat_jax.config import (
 from longcat_jax.metrics import read_metrics
 from longcat_jax.train import TrainingStopped, train
 from longcat_jax.workdir import claim, locked, read_config
-from tests.helpers import SIZES
+from tests.helpers import MOST_PARAMETERS, SIZES
 
 TIMES = ("tokens_per_second", "step_seconds", "input_wait", "tflops")
 
@@ -230,6 +230,9 @@ def test_sigterm_saves_and_exits_cleanly(
     corpus: Path, tmp_path: Path, quick_compilation: dict[str, str]
 ) -> None:
     config = job(corpus, steps=100_000, eval_every=100_000, checkpoint_every=100_000)
+    model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
+    optim = dataclasses.replace(config.optim, freeze=MOST_PARAMETERS)
+    config = dataclasses.replace(config, model=model, optim=optim)
     process = start(tmp_path / "run", config, quick_compilation)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
