@@ -49,7 +49,7 @@ def test_the_released_model_on_1024_devices():
         (["train.remat=selective"], 67.05),
         (["train.remat=selective", "train.vocab_chunk=8192"], 65.68),
         (["train.remat=selective", "train.accumulate=2"], 59.59),
-        (["train.remat=selective", "train.unroll=1"], 74.68),
+        (["train.remat=selective", "train.unroll=1"], 74.48),
         (["train.remat=full", "train.unroll=1"], 47.94),
     ],
 )
@@ -57,7 +57,8 @@ def test_mini_2b_on_one_device(overrides, gigabytes):
     found = memory(Job(load_config("configs/mini_2b.py", overrides)))
     # What XLA reports of the step compiled for an H100 (plan/deviceless.py).
     assert found.arguments == 32_361_865_328
-    assert found.total == pytest.approx(gigabytes * 1e9, rel=0.03)
+    # Worst where layers run in a loop and much is kept: a twentieth too few.
+    assert found.temporaries == pytest.approx(gigabytes * 1e9 - found.arguments, rel=0.05)
 
 
 def test_parts_are_all_parameters_and_cut_as_the_rules_say():
