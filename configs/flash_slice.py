@@ -2,7 +2,7 @@
 
 Width 6144, 64 heads, experts of 2048, top 12; 24 + 12 experts instead of 512 + 256 and a
 vocabulary of 32768, so that float32 master weights and Adam moments fit. For experiments/bench. It
-needs 75 GB: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+needs 77 GB: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 """
 
 from ml_collections import ConfigDict
