@@ -63,7 +63,7 @@ def skinny_gemm(
     Args:
       x_MK: few rows; for many, this is no better than any product.
       *matrices: w_KN, each with its own N.
-      out_dtype: of the results; None: that of the operands.
+      out_dtype: of the results: that of the operands (None), or the one sums run in.
       summed: False: the results' terms, in float32 at least, for `add_norm` and `absorb_query`. How
         many they are is a function of shapes and the implementation. They have a gradient only in
         the reference.
@@ -87,10 +87,8 @@ def skinny_gemm(
             x_MK.shape[1] == w_KN.shape[0],
             f"{name}: rows are {x_MK.shape[1]} wide, {key} takes {w_KN.shape[0]}",
         )
-    out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
-    _common.require(
-        jnp.issubdtype(out_dtype, jnp.floating), f"{name}: out_dtype is {out_dtype}, not a float"
-    )
+    allowed = x_MK.dtype, _common.accumulation_dtype(x_MK.dtype)
+    out_dtype = _common.choose_dtype(name, out_dtype, allowed)
     run = _common.choose(name, implementation, _IMPLEMENTATIONS, x_MK, *matrices)
     x_MK, *matrices = _common.vary_together(x_MK, *matrices)
     return run(x_MK, tuple(matrices), out_dtype=out_dtype, summed=summed)

@@ -102,6 +102,14 @@ def test_refuses(shapes_given, message):
         skinny_gemm(*map(jnp.ones, shapes_given))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int32", "bf16"])
+def test_refuses_results_of_other_dtypes(dtype):
+    x = jnp.ones((4, 8), jnp.bfloat16)
+    message = f"skinny_gemm: out_dtype={dtype}, choose bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        skinny_gemm(x, x.T, out_dtype=dtype)
+
+
 @pytest.mark.parametrize(
     "dtype, rows, contracted, width",
     [
