@@ -188,7 +188,7 @@ DECODES = {
     "two row tiles": Decode(2, 48, 192, 64, 192, (129,)),
     "three tokens": Decode(3, 16, 64, 128, 192, (129, 2, 70), "float16"),
     "64 heads": Decode(1, 64, 320, 64, 128, (100, 128)),
-    "many splits": Decode(3, 2, 192, 64, 1536, (1536, 1, 2, 1281)),
+    "many splits": Decode(2, 4, 64, 64, 2560, (2560, 1)),
 }
 
 
