@@ -4,6 +4,7 @@ Importing it needs no GPU: kernels lower for CUDA on any machine and run in the 
 under `plgpu.force_gpu_interpret_mode`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,6 +73,20 @@ def divmod_by(value: jax.Array, divisor: Any) -> tuple[jax.Array, jax.Array]:
     divisor = jnp.int32(divisor)
     quotient = lax.div(value, divisor)
     return quotient, value - quotient * divisor
+
+
+def dealt(
+    total: Any, worker: jax.Array, workers: Any
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """How many of `total` things a worker takes, every so many-th, and which is its i-th.
+
+    Args:
+      total: an int or traced.
+      worker: number below `workers`.
+      workers: among whom they are dealt out; an int or traced.
+    """
+    workers = jnp.int32(workers)
+    return lax.div(total - worker + workers - 1, workers), lambda i: worker + i * workers
 
 
 def multiply_add(sums: jax.Array, a: Any, b: Any) -> jax.Array:

@@ -6,7 +6,6 @@ T tokens, R routed rows; a width of D columns is seen as D / 128 lines of 128.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,18 +29,12 @@ def _grid(row_bytes: int) -> int:
     return _mosaic.num_sms() * min(MAX_CTAS_PER_SM, SHARED_BYTES // per_cta)
 
 
-def _my_rows(num_rows: int, ctas: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """How many rows this CTA takes, and which is its i-th."""
-    cta, ctas = lax.axis_index("cta"), jnp.int32(ctas)
-    return lax.div(num_rows - cta + ctas - 1, ctas), lambda i: cta + i * ctas
-
-
 def _rows_kernel(
     x: Any, token_R: Any, out: Any, buffers: Any, zeros: Any, full: Any, *, ctas: int
 ) -> None:
     """Copies rows through shared memory; loads run SLOTS - 1 rows ahead of the stores."""
     num_tokens, num_rows = x.shape[0], out.shape[0]
-    mine, row_of = _my_rows(num_rows, ctas)
+    mine, row_of = _mosaic.dealt(num_rows, lax.axis_index("cta"), ctas)
     for line in range(zeros.shape[0]):
         zeros[line] = jnp.zeros(LINE, zeros.dtype)
     plgpu.commit_smem()

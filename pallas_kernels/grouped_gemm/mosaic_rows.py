@@ -46,9 +46,7 @@ def shared(tiling: Tiling, operand: str) -> tuple[str, ...]:
 
 def my_tiles(num_tiles: jax.Array) -> tuple[jax.Array, Any]:
     """How many tiles this cluster computes, and the index of its i-th one."""
-    cluster, num_clusters = lax.axis_index("cluster"), jnp.int32(_mosaic.num_sms() // 2)
-    count = lax.div(num_tiles - cluster + num_clusters - 1, num_clusters)
-    return count, lambda i: cluster + i * num_clusters
+    return _mosaic.dealt(num_tiles, lax.axis_index("cluster"), _mosaic.num_sms() // 2)
 
 
 class Tile(NamedTuple):
@@ -143,15 +141,15 @@ def _store_zeros(buffer: Any, out: Any, total_rows: jax.Array) -> None:
         plgpu.commit_smem()
         row_chunks = lax.div(rest + CHUNK - 1, jnp.int32(CHUNK))
         worker = (lax.axis_index("cluster") * 2 + cta) * pipeline.COMPUTE_WARPGROUPS + warpgroup
-        workers = jnp.int32(_mosaic.num_sms() // 2 * 2 * pipeline.COMPUTE_WARPGROUPS)
+        workers = _mosaic.num_sms() // 2 * 2 * pipeline.COMPUTE_WARPGROUPS
+        mine, index_of = _mosaic.dealt(row_chunks * column_chunks, worker, workers)
 
         def body(i: jax.Array, _: None) -> None:
-            r, c = _mosaic.divmod_by(worker + i * workers, column_chunks)
+            r, c = _mosaic.divmod_by(index_of(i), column_chunks)
             row = total_rows + r * CHUNK  # a chunk past the last row is clipped by the TMA store
             plgpu.copy_smem_to_gmem(buffer, out.at[pl.ds(row, CHUNK), pl.ds(c * width, width)])
 
-        count = row_chunks * column_chunks
-        lax.fori_loop(0, lax.div(count - worker + workers - 1, workers), body, None)
+        lax.fori_loop(0, mine, body, None)
 
 
 def padded(x_RW: jax.Array) -> jax.Array:

@@ -71,21 +71,17 @@ def _work(
       sources: (part, tile, step) -> windows of the rows and of every matrix.
       finish: (part, tile, sums of every matrix) -> a result and the window that it belongs to.
     """
-    cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
     whole, rest = _mosaic.divmod_by(jnp.int32(total), most)
-
-    def pieces(parts: jax.Array) -> jax.Array:
-        """Of this CTA, in so many parts."""
-        return jnp.maximum(lax.div(parts * tiles - cta + (ctas - 1), jnp.int32(ctas)), 0)
-
-    long, mine = pieces(whole), pieces(whole + (rest > 0).astype(jnp.int32))
+    parts, cta = whole + (rest > 0).astype(jnp.int32), lax.axis_index("cta")
+    long, _ = _mosaic.dealt(whole * tiles, cta, lax.axis_size("cta"))
+    mine, index_of = _mosaic.dealt(parts * tiles, cta, lax.axis_size("cta"))
 
     def first(n: jax.Array) -> jax.Array:
         """Step that a piece begins with."""
         return jnp.minimum(n, long) * most + jnp.maximum(n - long, 0) * rest
 
     def place(n: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _mosaic.divmod_by(cta + n * ctas, tiles)
+        return _mosaic.divmod_by(index_of(n), tiles)
 
     def load(i: jax.Array, stage: jax.Array) -> None:
         late = lax.div(i - long * most, jnp.maximum(rest, 1))
