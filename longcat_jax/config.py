@@ -512,6 +512,11 @@ class Config:
             f"at most model.max_position_embeddings={longest}",
         )
 
+    @property
+    def loops_over_layers(self) -> bool:
+        """Whether the step holds a loop over layers, not each of them by itself."""
+        return self.train.unroll < self.model.num_layers
+
     def _check_batch(self) -> None:
         batch, parts = self.train.global_batch, self.train.accumulate * self.mesh.batch_shards
         require(

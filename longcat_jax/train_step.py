@@ -262,9 +262,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable:
         donate_argnums=0,
         out_shardings=(shardings, None),
         compiler_options=compiler_options(
-            mesh,
-            deterministic=config.deterministic,
-            loop=config.train.unroll < config.model.num_layers,
+            mesh, deterministic=config.deterministic, loop=config.loops_over_layers
         ),
     )
 

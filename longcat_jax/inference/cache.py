@@ -14,13 +14,12 @@ from flax import struct
 from longcat_jax.config import ModelConfig
 from longcat_jax.model.block import DecodingBlock
 from longcat_jax.model.embed import embed
+from longcat_jax.model.experts import reads_in_place
 from longcat_jax.model.longcat import Params, Sequence, trunk
 from longcat_jax.model.mla import AttentionInput, LatentCache
 from longcat_jax.model.norm import add_norm
 from longcat_jax.model.rope import rope_table
-from longcat_jax.sharding import several_devices
 from pallas_kernels.add_norm import Rows
-from pallas_kernels.skinny_ffn import reads_selected_experts
 
 UNROLLED = 8
 """Layers to a turn of the loop over them, where a turn is a graph of kernels that read weights
@@ -30,12 +29,8 @@ where they lie, and waits for the last. Elsewhere XLA would copy the weights of 
 
 def layers_to_a_turn(x_BTD: jax.Array, down_LXFD: jax.Array) -> int:
     """1, or UNROLLED at most, of few tokens on a Hopper GPU."""
-    rows_RD, down_XFD = (
-        jax.ShapeDtypeStruct(shape, x_BTD.dtype)
-        for shape in ((x_BTD.size // x_BTD.shape[-1], x_BTD.shape[-1]), down_LXFD.shape[1:])
-    )
-    in_graphs = not several_devices() and reads_selected_experts(rows_RD, down_XFD)
-    return min(len(down_LXFD), UNROLLED) if in_graphs else 1
+    few = reads_in_place(x_BTD.reshape(-1, x_BTD.shape[-1]), down_LXFD[0])
+    return min(len(down_LXFD), UNROLLED) if few else 1
 
 
 @struct.dataclass

@@ -85,6 +85,13 @@ def _by_comparison(
     return Permutation(*map(keep, order))
 
 
+def reads_in_place(x_TD: jax.Array, down_XFD: jax.Array) -> bool:
+    """Whether so few tokens, mostly a decoding step's, on one device that they wait for weights: a
+    kernel reads those of the selected experts where they lie, and nothing is put in order.
+    """
+    return not several_devices() and reads_selected_experts(x_TD, down_XFD)
+
+
 def real_experts(
     x_TD: jax.Array,
     gates_TK: jax.Array,
@@ -106,8 +113,7 @@ def real_experts(
         left out of the sum (`permute_by_expert`).
     """
     num_experts, (T, K) = gate_up_XDF.shape[0], experts_TK.shape
-    if num_rows is None and not several_devices() and reads_selected_experts(x_TD, down_XFD):
-        # So few tokens, mostly a decoding step's, wait for weights: nothing is put in order.
+    if num_rows is None and reads_in_place(x_TD, down_XFD):
         return skinny_experts(x_TD, gates_TK, experts_TK, gate_up_XDF, down_XFD)
     most = T * min(K, num_experts)
     num_rows = most if num_rows is None else min(num_rows, most)

@@ -125,7 +125,7 @@ def memory(job: Job) -> Memory:
     """Bytes of the fullest device."""
     config = job.config
     weights, optimizer, copies = _state_bytes(config.model, config.optim, config.proxy, config.mesh)
-    in_loop = config.train.unroll < job.model.num_layers
+    in_loop = config.loops_over_layers
     # Gradients of activations take the place of activations that they have used up.
     values, weights_twice = _block_values(job), 2 * _gathered_block(job)
     if config.train.remat == "none":
