@@ -8,16 +8,20 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from longcat_jax.config import Config, from_mapping
 from longcat_jax.losses import Batch
 from longcat_jax.model import longcat
+from longcat_jax.parallel import multihost
 from longcat_jax.parameters import Box, is_box
 from longcat_jax.sharding import batch_sharding, make_mesh
+from longcat_jax.train import train
 from longcat_jax.train_step import (
     TrainState,
     abstract_state,
@@ -210,3 +214,12 @@ def with_leaf(tree: Any, path: str, change: Callable[[Any], Any]) -> Any:
     first, _, rest = path.partition("/")
     new = with_leaf(tree[first], rest, change) if rest else change(tree[first])
     return {**tree, first: new}
+
+
+def train_here(
+    config: Config, workdir: Path, monkeypatch: pytest.MonkeyPatch, *, stop: int
+) -> None:
+    """Trains in this process up to step `stop`."""
+    wishes = contextlib.nullcontext(lambda step: step == stop)
+    monkeypatch.setattr(multihost, "stop_wishes", lambda: wishes)
+    assert not train(config, workdir)

@@ -4,7 +4,6 @@ A job is real: two processes of `longcat train`, joined at a port of this machin
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -30,7 +29,7 @@ from longcat_jax.config import Config, ConfigError, from_mapping, to_mapping
 from longcat_jax.metrics import MetricsWriter, read_metrics
 from longcat_jax.parallel import last_words, multihost
 from longcat_jax.train import train
-from tests.helpers import MOST_PARAMETERS, SIZES, exact
+from tests.helpers import MOST_PARAMETERS, SIZES, exact, train_here
 
 TIMES = ("tokens_per_second", "step_seconds", "input_wait", "tflops")
 ROOT = Path(__file__).parents[1]
@@ -166,15 +165,6 @@ class Job:
             for i in range(len(self.processes))
         ]
         return "\n".join(parts)
-
-
-def train_here(
-    config: Config, workdir: Path, monkeypatch: pytest.MonkeyPatch, *, stop: int
-) -> None:
-    """Trains in this process up to step `stop`."""
-    wishes = contextlib.nullcontext(lambda step: step == stop)
-    monkeypatch.setattr(multihost, "stop_wishes", lambda: wishes)
-    assert not train(config, workdir)
 
 
 def copy_until(workdir: Path, step: int, target: Path) -> None:

@@ -1,6 +1,5 @@
 """The loop as its users meet it: resume, kills, signals, bad losses, damaged and full disks."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -29,10 +28,9 @@ from longcat_jax.config import (
     to_mapping,
 )
 from longcat_jax.metrics import read_metrics
-from longcat_jax.parallel import multihost
 from longcat_jax.train import TrainingStopped, train
 from longcat_jax.workdir import claim, locked, read_config
-from tests.helpers import MOST_PARAMETERS, SIZES
+from tests.helpers import MOST_PARAMETERS, SIZES, train_here
 
 TIMES = ("tokens_per_second", "step_seconds", "input_wait", "tflops")
 
@@ -160,12 +158,10 @@ def test_a_bfloat16_run_resumes_to_the_same_bits(
     model = dataclasses.replace(config.model, dtype="bfloat16")
     config = dataclasses.replace(config, model=model)
     # Before its first evaluation, whose program need not be compiled for this.
-    wishes = contextlib.nullcontext(lambda step: step == 3)
-    monkeypatch.setattr(multihost, "stop_wishes", lambda: wishes)
-    assert not train(config, tmp_path / "whole")
+    train_here(config, tmp_path / "whole", monkeypatch, stop=3)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     back_to(tmp_path / "resumed", 2)
-    assert not train(config, tmp_path / "resumed")
+    train_here(config, tmp_path / "resumed", monkeypatch, stop=3)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", 3)
 
 

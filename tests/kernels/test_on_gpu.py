@@ -14,8 +14,7 @@ import pytest
 from longcat_jax.inference.cache import extend, prefill
 from longcat_jax.model import longcat
 from longcat_jax.model.experts import real_experts
-from longcat_jax.parallel import compiler
-from longcat_jax.parallel.compiler import compiler_options
+from longcat_jax.parallel.compiler import DECODING, compiler_options
 from longcat_jax.sharding import batch_sharding, make_mesh
 from longcat_jax.train_step import compile_train_step, state_from_params
 from pallas_kernels import (
@@ -287,7 +286,7 @@ def test_decoding_step_uses_the_kernels_and_is_as_exact_as_the_references(rows):
         plain = run(config.model)[0]
     fast, text = run(config.model)
     # Kernels that run beside each other where nothing has one wait for the other.
-    assert helpers.same_bits(run(config.model, compiler.DECODING)[0], fast)
+    assert helpers.same_bits(run(config.model, DECODING)[0], fast)
     attention = "mla_decode", "mla_decode_join", "absorb_query", "expand_values"
     kernels = "skinny_gemm", "skinny_swiglu", "skinny_experts", "add_norm", *attention
     assert not [name for name in kernels if name not in text]
